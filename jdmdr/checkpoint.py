@@ -1,0 +1,82 @@
+"""Orbax checkpoints of a training run: state, data position and the promise it was made under; the best and the latest.
+
+Saves are asynchronous and appear by an atomic rename; a half-written one is never seen.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+from jdmdr.types import UserError
+
+UNMEASURED = -1.0  # the validation score of a checkpoint that was saved between two validations
+
+
+def _rank(metrics: dict[str, float]) -> tuple[float, float]:
+    """Best by validation score; among equals the earliest."""
+    return metrics["score"], -metrics["step"]
+
+
+class Checkpoints:
+    """The checkpoints under `directory`."""
+
+    def __init__(self, directory: pathlib.Path):
+        keep = [checkpoint_managers.LatestN(n=1), checkpoint_managers.BestN(get_metric_fn=_rank, n=1)]
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+            cleanup_tmp_directories=True,
+            enable_async_checkpointing=True,
+        )
+        self._directory = directory
+        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("state", "data"))
+
+    def save(self, step: int, state: Any, score: float) -> None:
+        """Starts saving; `score` is the validation score, UNMEASURED between validations. Raises what an earlier save
+        ran into."""
+        self._manager.check_for_errors()
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_step": step})),
+            metrics={"score": float(score), "step": float(step)},
+            force=True,
+        )
+
+    def latest(self) -> int | None:
+        return self._manager.latest_step()
+
+    def best(self) -> int:
+        """The step with the best validation score, or the latest where nothing was measured."""
+        scored = {step: self._manager.metrics(step) for step in self._manager.all_steps()}
+        measured = {step: m for step, m in scored.items() if m and m["score"] != UNMEASURED}
+        if not measured:
+            return self._manager.latest_step()
+        return max(measured, key=lambda step: _rank(measured[step]))
+
+    def score(self, step: int) -> float:
+        return self._manager.metrics(step)["score"]
+
+    def restore(self, step: int, like: Any) -> tuple[Any, int]:
+        """State (with the shapes and shardings of `like`) and the next step of the data."""
+        target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like)
+        try:
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
+            restored = self._manager.restore(step, args=args)
+        except Exception as error:  # orbax and tensorstore raise many kinds; all mean the same to the user
+            reason = " ".join(str(error).split())[:160]
+            raise UserError(
+                f"the checkpoint {self._directory / str(step)} cannot be read ({reason}); delete that directory, and the "
+                "same command goes on from the one before it or from the start"
+            ) from error
+        return restored["state"], restored["data"]["next_step"]
+
+    def close(self) -> None:
+        self._manager.wait_until_finished()
+        self._manager.check_for_errors()
+        self._manager.close()

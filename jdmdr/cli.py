@@ -1,0 +1,188 @@
+"""The command line that all stages share: `python -m jdmdr.STAGE --config configs/NAME.py --workdir DIR`.
+
+absl and ml_collections parse the flags; here their errors, and every mistake of the user's, become one sentence and exit
+code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import errno
+import itertools
+import os
+import pathlib
+import re
+import runpy
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from jdmdr.types import UserError
+
+EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
+
+# XLA's CPU backend frees and faults in its buffers again at every step; glibc reads these only at start-up.
+MALLOC = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "20000000000", "MALLOC_TOP_PAD_": "268435456"}
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived outside the training loop."""
+
+
+def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], doc: str) -> None:
+    """Parses the command line, holds the working directory, runs `command(config, workdir, flags)`, exits.
+
+    Exit codes: 0 done; 2 a mistake of the user's, told in one sentence; 130 Ctrl-C; 143 SIGTERM. After either of the last
+    two the same command goes on where it was.
+    """
+    _restart_with_malloc_settings()
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        values = _flags()
+        if {"--help", "-h", "--helpfull", "-help"} & set(sys.argv[1:]):
+            print(_help(doc))
+            sys.exit(0)
+        config = _parse(values)
+        from jdmdr import workdir  # after --help, which should not wait for heavy imports
+
+        directory = pathlib.Path(values.workdir)
+        with workdir.locked(directory):
+            command(config, directory, values)
+    except UserError as error:
+        _fail(str(error))
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        _fail(f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again: "
+              "nothing finished is lost")  # fmt: skip
+    except KeyboardInterrupt:
+        print("\nstopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except Terminated:
+        print("\nstopped by SIGTERM; the same command goes on from here", file=sys.stderr)
+        sys.exit(EXIT_TERMINATED)
+
+
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _terminate(signum, frame):
+    raise Terminated
+
+
+def _restart_with_malloc_settings() -> None:
+    if sys.platform == "linux" and not MALLOC.keys() & os.environ.keys():
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
+
+
+def _flags() -> flags.FlagValues:
+    values = flags.FLAGS
+    config_flags.DEFINE_config_file("config", None, "The recipe: a file of configs/, with `:smoke` behind it to shrink it.")
+    flags.DEFINE_string("workdir", None, "The directory that everything is written to.")
+    flags.DEFINE_boolean("redo", False, "Train again even where a model trained with other settings is in the way.")
+    return values
+
+
+def _parse(values: flags.FlagValues) -> ConfigDict:
+    sys.path.insert(0, str(CONFIGS.parent))  # recipes say `from configs import default` wherever they lie
+    path, overrides = _config_words(sys.argv[1:])
+    _check_config(path, overrides)
+    try:
+        rest = values(sys.argv)
+        config = values.config
+    except flags.UnrecognizedFlagError as error:
+        raise UserError(f"{error}; --help lists the flags, and keys of the config are set as --config.KEY=VALUE") from error
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        key = next((key for key in overrides if key in str(error)), None)
+        if key is None:
+            raise UserError(f"{' '.join(str(error).split())}; --help shows how flags are given") from error
+        default = _flatten(_load(path))[key]
+        raise UserError(
+            f"--config.{key}={overrides[key]}: not a value for this key, which is {default!r} "
+            f"({type(default).__name__}) by default"
+        ) from error
+    if len(rest) > 1:
+        raise UserError(f"the argument {rest[1]!r} belongs to no flag; write --workdir=DIR and --config.KEY=VALUE")
+    if not values.workdir:
+        raise UserError("--workdir is missing; name the directory to write to, as in --workdir runs/quickstart")
+    return config
+
+
+def _config_words(words: list[str]) -> tuple[str, dict[str, str]]:
+    """The value of --config and those of --config.KEY, as they stand on the command line."""
+    path, overrides = "", {}
+    for word, following in itertools.pairwise([*words, ""]):
+        match = re.fullmatch(r"--?(no)?config(?:\.([^=]+))?(?:=(.*))?", word, re.S)
+        if match:
+            value = following if match[3] is None else match[3]
+            if match[2]:
+                overrides[match[2]] = value
+            else:
+                path = value
+    return path, overrides
+
+
+def _check_config(path: str, overrides: dict[str, str]) -> None:
+    """Finds what the libraries would tell in a traceback: a recipe that is not there or fails, a key that does not exist."""
+    file = path.partition(":")[0]
+    if not pathlib.Path(file).is_file():
+        recipes = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default"))
+        found = f"--config {file}: there is no such file" if file else "--config is missing"
+        raise UserError(f"{found}; name a recipe, as in --config configs/quickstart.py (there are: {', '.join(recipes)})")
+    known = _flatten(_load(path))
+    for key in overrides:
+        if key in known:
+            continue
+        inside = [name for name in known if name.startswith(key + ".")]
+        if inside:
+            raise UserError(f"--config.{key} is a group of keys; set one of them, such as --config.{inside[0]}")
+        near = difflib.get_close_matches(key, known, 3, 0.6)
+        near += [name for name in known if name.endswith("." + key.rsplit(".", 1)[-1]) and name not in near]
+        hint = f"did you mean {' or '.join(near[:3])}?" if near else "--help lists every key"
+        raise UserError(f"--config.{key}: there is no such key; {hint}")
+
+
+def _load(path: str) -> ConfigDict:
+    """The config of `file.py:argument`, its errors told with file and line."""
+    file, _, argument = path.partition(":")
+    try:
+        scope = runpy.run_path(file)
+        return scope["get_config"](*([argument] if argument else []))
+    except UserError as error:
+        raise UserError(f"--config {path}: {error}") from error
+    except Exception as error:
+        frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename.endswith(file)]
+        line = error.lineno if isinstance(error, SyntaxError) else frames[-1].lineno if frames else None
+        at = f"{file}, line {line}" if line else file
+        raise UserError(f"the config cannot be loaded: {at}: {type(error).__name__}: {error}") from error
+
+
+def _flatten(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in config.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {prefix + key: value}
+    return flat
+
+
+def _help(doc: str) -> str:
+    keys = CONFIGS / "default.py"
+    lines = [
+        doc.strip(),
+        "",
+        "  --config FILE[:smoke]   the recipe, e.g. configs/quickstart.py; :smoke shrinks it to a minute or two",
+        "  --workdir DIR           where everything is written; a second run goes on from what is there",
+        "  --config.KEY=VALUE      sets a key of the recipe, e.g. --config.data.root=DIR --config.data.langs=ar,ko",
+        "  --redo                  train again where a model trained with other settings is in the way",
+    ]
+    if keys.is_file():
+        body = keys.read_text(encoding="utf-8").partition("def get_config")[2]
+        lines += ["", "Every key with its default (configs/default.py):", "", "def get_config" + body.rstrip()]
+    return "\n".join(lines)

@@ -1,0 +1,107 @@
+"""Encodes a corpus and its queries to a sharded embedding store.
+
+    python -m jdmdr.encode --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+
+A shard is one `.npy` file for a fixed range of rows, renamed into place when it is complete: a restart encodes only the
+shards that are missing.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jdmdr import parallel, progress
+from jdmdr.types import Tokens
+from jdmdr.workdir import atomic
+
+WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+TOKENS_PER_BLOCK = 16_384  # padded tokens of one call, on each device
+
+
+class Embedder:
+    """Turns token sequences into float32 embeddings, in length order and in blocks of a few fixed shapes."""
+
+    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int):
+        self._mesh = mesh
+        self._widths = [w for w in WIDTHS if w < max_length] + [max_length]
+        self._apply = jax.jit(lambda params, tokens: encoder.apply(params, tokens).astype(jnp.float32))
+
+    def blocks(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
+        """(positions, width, rows to pad to) of each block; positions sorted by length, longest first."""
+        order = np.argsort(-lengths, kind="stable")
+        devices = self._mesh.devices.size
+        start = 0
+        while start < len(order):
+            width = next(w for w in self._widths if w >= min(lengths[order[start]], self._widths[-1]))
+            rows = max(1, TOKENS_PER_BLOCK // width) * devices
+            yield order[start : start + rows], width, rows
+            start += rows
+
+    def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
+        lengths = source.lengths(rows)
+        parts, places = [], []
+        for positions, width, size in self.blocks(lengths):
+            tokens = source.gather(rows[positions], width)
+            padded = Tokens(*(np.pad(x, ((0, size - len(positions)), (0, 0))) for x in tokens))
+            out = self._apply(params, parallel.put_batch(padded, self._mesh))
+            parts.append(out[: len(positions)])
+            places.append(positions)
+        if not parts:
+            width = jax.eval_shape(self._apply, params, Tokens(*(np.zeros((1, 1), np.int32),) * 2)).shape[1]
+            return np.zeros((0, width), np.float32)
+        embeddings = np.concatenate([np.asarray(part) for part in parts])
+        out = np.empty_like(embeddings)
+        out[np.concatenate(places)] = embeddings
+        return out
+
+
+def encode_rows(
+    embedder: Embedder, params: Any, source: Any, first: int, count: int, directory: pathlib.Path, name: str,
+    shard_rows: int, dtype: str, bar: Any,
+) -> int:  # fmt: skip
+    """Encodes rows [first, first + count) of `source` into `directory/name-00000.npy` and so on; returns how many shards
+    were encoded now (those already there stay)."""
+    encoded = 0
+    for shard, start in enumerate(range(0, max(count, 1), shard_rows)):
+        path = directory / f"{name}-{shard:05d}.npy"
+        rows = np.arange(first + start, first + min(start + shard_rows, count), dtype=np.int64)
+        if not path.exists():
+            vectors = embedder.embed(params, source, rows)
+            with atomic(path) as temporary, open(temporary, "wb") as handle:
+                np.save(handle, vectors.astype(dtype))
+            encoded += 1
+        bar.update(len(rows))
+    return encoded
+
+
+def shards(directory: pathlib.Path, name: str) -> Sequence[np.ndarray]:
+    """The memory-mapped shards of `name` in row order, each [rows, D]."""
+    return [np.load(path, mmap_mode="r") for path in sorted(directory.glob(f"{name}-*.npy"))]
+
+
+def gather_rows(blocks: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Rows of a sharded matrix as float32 [len(rows), D]."""
+    bases = np.cumsum([0] + [len(block) for block in blocks])
+    out = np.empty((len(rows), blocks[0].shape[1]), np.float32)
+    part = np.searchsorted(bases, rows, side="right") - 1
+    for i in np.unique(part):
+        own = part == i
+        out[own] = blocks[i][rows[own] - bases[i]]
+    return out
+
+
+def encode_count(total: int) -> Any:
+    return progress.bar(None, "  encoding", "texts", total=total)
+
+
+if __name__ == "__main__":
+    from jdmdr import pipeline
+
+    pipeline.command("embeddings", __doc__)

@@ -1,0 +1,25 @@
+"""Text encoders: BERT-like transformers from Hugging Face checkpoints, and static token vectors from scratch.
+
+A new kind of encoder is one file with the members of `Encoder`, and one line in `ENCODERS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from jdmdr.encoders.config import Encoder, EncoderConfig, Params
+from jdmdr.encoders.pretrained import load_pretrained
+from jdmdr.encoders.static import StaticEncoder
+from jdmdr.encoders.transformer import TransformerEncoder
+
+ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {
+    "static": StaticEncoder,
+    "transformer": TransformerEncoder,
+}
+
+__all__ = ["ENCODERS", "Encoder", "EncoderConfig", "Params", "build", "load_pretrained"]
+
+
+def build(config: EncoderConfig) -> Encoder:
+    """The encoder that `config` describes."""
+    return ENCODERS[config.kind](config)

@@ -1,0 +1,110 @@
+"""The BERT-like transformer encoder: BERT, RoBERTa and XLM-R (Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020).
+
+One implementation for mBERT, mDPR, mE5, BGE-M3, MiniLM and their kin; the families differ in where position ids start.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jdmdr.encoders.attention import SelfAttention
+from jdmdr.encoders.config import EncoderConfig, Params
+from jdmdr.encoders.layers import Dense, LayerNorm
+from jdmdr.encoders.pooling import POOLINGS, unit_length
+from jdmdr.types import Tokens, UserError
+
+ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Embeddings(nn.Module):
+    """Word, position and type vectors summed and normalised."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, deterministic: bool) -> jax.Array:
+        c = self.config
+
+        def table(name: str, rows: int) -> jax.Array:
+            return self.param(name, nn.initializers.normal(0.02), (rows, c.width))
+
+        x_BxTxD = table("word", c.vocab_size)[tokens.ids_BxT]
+        position = table("position", c.max_positions)
+        T = tokens.ids_BxT.shape[1]
+        if c.family == "bert":
+            x_BxTxD += position[:T]
+        else:  # padding keeps the padding id's own row
+            x_BxTxD += position[jnp.cumsum(tokens.mask_BxT, axis=1) * tokens.mask_BxT + c.pad_token_id]
+        x_BxTxD += table("type", c.type_vocab)[0]
+        x_BxTxD = LayerNorm(c.layer_norm_eps, name="norm")(x_BxTxD).astype(c.dtype)
+        return nn.Dropout(c.hidden_dropout)(x_BxTxD, deterministic=deterministic)
+
+
+class Layer(nn.Module):
+    """Self-attention and a feed-forward layer, each with a residual and LayerNorm after it."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array, deterministic: bool) -> jax.Array:
+        c = self.config
+        dropout = nn.Dropout(c.hidden_dropout, deterministic=deterministic)
+        y_BxTxD = SelfAttention(c.heads, c.attention_dropout, name="attention")(x_BxTxD, mask_BxT, deterministic)
+        x_BxTxD = LayerNorm(c.layer_norm_eps, name="attention_norm")(x_BxTxD + dropout(y_BxTxD))
+        y_BxTxD = ACTIVATIONS[c.activation](Dense(c.ffn, name="ffn_in")(x_BxTxD))
+        y_BxTxD = Dense(c.width, name="ffn_out")(y_BxTxD)
+        return LayerNorm(c.layer_norm_eps, name="ffn_norm")(x_BxTxD + dropout(y_BxTxD))
+
+
+class Transformer(nn.Module):
+    """Token sequences to token vectors, BxTxD in `config.dtype`."""
+
+    config: EncoderConfig
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, deterministic: bool) -> jax.Array:
+        layer = nn.remat(Layer, static_argnums=(3,)) if self.config.remat else Layer
+        x_BxTxD = Embeddings(self.config, name="embeddings")(tokens, deterministic)
+        for i in range(self.config.layers):
+            x_BxTxD = layer(self.config, name=f"layer_{i}")(x_BxTxD, tokens.mask_BxT, deterministic)
+        return x_BxTxD
+
+
+@dataclasses.dataclass(frozen=True)
+class TransformerEncoder:
+    """A transformer with pooling; see `Encoder` for its members."""
+
+    config: EncoderConfig
+
+    def init(self, rng: jax.Array) -> Params:
+        one = jnp.ones((1, 1), jnp.int32)
+        return Transformer(self.config).init(rng, Tokens(one, one), True)["params"]
+
+    def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
+        """See `Encoder.apply`.
+
+        Raises:
+          UserError: the sequences are longer than the position table.
+        """
+        c = self.config
+        T = tokens.ids_BxT.shape[1]
+        if T > c.usable_positions:
+            raise UserError(
+                f"a text has {T} tokens, but this encoder has positions for {c.usable_positions}; lower the maximum length"
+            )
+        tokens = Tokens(*map(jnp.asarray, tokens))
+        rngs = None if rng is None else {"dropout": rng}
+        hidden_BxTxD = Transformer(c).apply({"params": params}, tokens, rng is None, rngs=rngs).astype(jnp.float32)
+        if output == "tokens":
+            return hidden_BxTxD
+        pooled_BxD = POOLINGS[c.pooling](hidden_BxTxD, tokens.mask_BxT)
+        return unit_length(pooled_BxD) if c.normalize else pooled_BxD

@@ -1,0 +1,170 @@
+"""Filters by rank, score and text: which mined candidates may serve as hard negatives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdmdr.index.bm25 import tokenize_words
+from jdmdr.types import NO_HIT, UserError
+
+_SHINGLE_WORDS = 3
+
+
+class Candidates(NamedTuple):
+    """Mined passages of one language's queries, in rank order; empty places hold `NO_HIT`.
+
+    `threshold_scores_QxK` are what the score rules compare, on the same scale as `positive_score_Q`: those of one
+    chosen retriever where the ranking itself is fused (ranks have no margins), else equal to `scores_QxK`. NaN is
+    "not known", and a rule lets it pass.
+
+    `positive_score_Q` is the LOWEST score among the query's positives. Margins are defined for one pair of a query
+    and a positive (NV-Retriever, Moreira et al. 2024); here all positives of a query share its negatives, so a
+    negative has to keep its distance from every one of them.
+    """
+
+    rows_QxK: np.ndarray  # int64
+    scores_QxK: np.ndarray  # float32
+    threshold_scores_QxK: np.ndarray  # float32
+    positive_score_Q: np.ndarray  # float32
+
+
+class Context(NamedTuple):
+    """What a filter may know beyond the candidates."""
+
+    positive_rows: Sequence[Sequence[int]]  # of every query
+    text: Callable[[int], str]  # row -> passage text
+
+
+class Filter(NamedTuple):
+    """A named rule; `keep(candidates, context)` is a QxK mask, whose value at empty places does not matter."""
+
+    name: str
+    keep: Callable[[Candidates, Context], np.ndarray]
+
+
+# ---------------------------------------------------------------- identity
+
+def not_positive() -> Filter:
+    """Drops the query's own positives."""
+
+    def keep(candidates: Candidates, context: Context) -> np.ndarray:
+        return np.stack([~np.isin(rows_K, positives)
+                         for rows_K, positives in zip(candidates.rows_QxK, context.positive_rows, strict=True)])
+
+    return Filter('positive', keep)
+
+
+def not_near_duplicate(jaccard: float) -> Filter:
+    """Drops copies of a positive: the same words, or a Jaccard index of their 3-word shingles >= `jaccard`."""
+    _check('near_duplicate', 0 < jaccard <= 1, jaccard, 'a Jaccard index above 0 and up to 1')
+
+    def keep(candidates: Candidates, context: Context) -> np.ndarray:
+        kept_QxK = np.ones(candidates.rows_QxK.shape, bool)
+        for q, rows_K in enumerate(candidates.rows_QxK):
+            positives = [_shingles(context.text(row)) for row in context.positive_rows[q]]
+            for place in np.flatnonzero(rows_K != NO_HIT):
+                shingles = _shingles(context.text(int(rows_K[place])))
+                kept_QxK[q, place] = all(_jaccard(shingles, positive) < jaccard for positive in positives)
+        return kept_QxK
+
+    return Filter('near_duplicate', keep)
+
+
+def _shingles(text: str) -> set[tuple[str, ...]]:
+    words = tokenize_words(text)
+    return {tuple(words[i:i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+
+
+def _jaccard(a: set, b: set) -> float:
+    return len(a & b) / len(a | b)
+
+
+# ---------------------------------------------------------------- rank
+
+def after_rank(skip: int) -> Filter:
+    """Drops the first `skip` candidates that earlier rules left (TopK shifted by n)."""
+    _check('skip', skip >= 0, skip, 'a number >= 0')
+    return Filter('skip', lambda candidates, context: _ranks(candidates) > skip)
+
+
+def up_to_rank(depth: int) -> Filter:
+    """Keeps the first `depth` candidates that earlier rules left."""
+    _check('depth', depth >= 1, depth, 'a number >= 1')
+    return Filter('depth', lambda candidates, context: _ranks(candidates) <= depth)
+
+
+def _ranks(candidates: Candidates) -> np.ndarray:
+    """From 1, counting the candidates still there."""
+    return (candidates.rows_QxK != NO_HIT).cumsum(axis=1)
+
+
+# ---------------------------------------------------------------- score
+
+def below_score(max_score: float) -> Filter:
+    """Keeps scores < `max_score` (TopK-Abs)."""
+    return Filter('max_score', lambda candidates, context: ~(candidates.threshold_scores_QxK >= max_score))
+
+
+def absolute_margin(margin: float) -> Filter:
+    """Keeps scores < s+ - m (TopK-MarginPos)."""
+    _check('absolute_margin', margin >= 0, margin, 'a number >= 0')
+    return _below_threshold('absolute_margin', lambda positive_Q: positive_Q - margin)
+
+
+def relative_margin(margin: float) -> Filter:
+    """Keeps scores < s+ - m |s+|: below the positive whatever the sign of its score."""
+    _check('relative_margin', margin >= 0, margin, 'a number >= 0')
+    return _below_threshold('relative_margin', lambda positive_Q: positive_Q - margin * np.abs(positive_Q))
+
+
+def percent_of_positive(share: float) -> Filter:
+    """Keeps scores < p s+ where s+ > 0 (TopK-PercPos, p = 0.95), and < s+ - (1 - p) |s+| for any sign."""
+    _check('percent_of_positive', 0 < share <= 1, share, 'a share above 0 and up to 1')
+    return _below_threshold('percent_of_positive', lambda positive_Q: positive_Q - (1 - share) * np.abs(positive_Q))
+
+
+def _below_threshold(name: str, threshold: Callable[[np.ndarray], np.ndarray]) -> Filter:
+    return Filter(name, lambda candidates, context: ~(
+        candidates.threshold_scores_QxK >= threshold(candidates.positive_score_Q)[:, None]))
+
+
+def _check(key: str, valid: bool, value: Any, expected: str) -> None:
+    if not valid:
+        raise UserError(f'filters.{key} is {value!r}: give {expected}, or None for off')
+
+
+# ---------------------------------------------------------------- from a config
+
+# In the order of application: what is no candidate at all goes before ranks are counted, and the window before the
+# scores.
+RULES: dict[str, Callable[[Any], Filter]] = {
+    'near_duplicate': not_near_duplicate,
+    'skip': after_rank,
+    'depth': up_to_rank,
+    'max_score': below_score,
+    'absolute_margin': absolute_margin,
+    'relative_margin': relative_margin,
+    'percent_of_positive': percent_of_positive,
+}
+
+
+def rules_from_config(config: Mapping[str, Any]) -> list[Filter]:
+    """The rules a config asks for; a key absent or None is off. Positives are always dropped first.
+
+    Raises `UserError` on an unknown key, and on a value outside a rule's range.
+    """
+    for key in config:
+        if key not in RULES:
+            raise UserError(f'filters.{key} is no filter rule: the rules are {", ".join(RULES)}')
+    rules = [not_positive()]
+    for name, rule in RULES.items():
+        value = config.get(name)
+        if value is None:
+            continue
+        if isinstance(value, (bool, str)):
+            raise UserError(f'filters.{name} is {value!r}: give a number, or None for off')
+        rules.append(rule(value))
+    return rules

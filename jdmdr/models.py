@@ -1,0 +1,87 @@
+"""A trained encoder on disk: `encoder.json` and its parameters as an orbax checkpoint; and where encoders start from."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import pathlib
+import shutil
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from jdmdr import encoders
+from jdmdr.encoders import static
+from jdmdr.optim import path_name
+from jdmdr.tokenizer import TokenStore
+from jdmdr.types import UserError
+from jdmdr.workdir import read_json, write_json
+
+PARAMETERS = "parameters"
+
+
+def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tuple[encoders.EncoderConfig, Any]:
+    """The encoder before any training: a Hugging Face checkpoint, or token vectors whose weights start at idf.
+
+    Args:
+      section: the recipe's `encoder` keys.
+      passages: what the inverse document frequencies of the from-scratch encoder are counted on.
+    """
+    if section.name:
+        config, params = encoders.load_pretrained(
+            section.name, pooling=section.pooling or None, normalize=section.normalize
+        )
+        longest = max(section.query_length, section.passage_length)
+        if config.kind == "transformer" and longest > config.usable_positions:
+            raise UserError(
+                f"encoder.passage_length is {longest}, but {section.name} has room for {config.usable_positions} tokens; "
+                "lower encoder.query_length and encoder.passage_length"
+            )
+        if vocab_size > config.vocab_size:
+            raise UserError(
+                f"tokenizer.name has {vocab_size} tokens, but {section.name} has vectors for {config.vocab_size}; leave "
+                "tokenizer.name empty to use the checkpoint's own tokenizer"
+            )
+        dtype = section.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        return dataclasses.replace(config, dtype=dtype, remat=section.remat), params
+    config = encoders.EncoderConfig(
+        kind="static", vocab_size=vocab_size, width=section.width, pooling="mean", normalize=section.normalize
+    )
+    frequency_V = passages.document_frequency(vocab_size)
+    idf_V = np.log1p((len(passages) - frequency_V + 0.5) / (frequency_V + 0.5))
+    return config, static.init_from_idf(jax.random.key(seed), config, idf_V)
+
+
+def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -> str:
+    """Writes the encoder to `directory`; returns the SHA-256 of its parameters, by name, shape and bytes."""
+    params = jax.device_get(params)
+    target = (directory / PARAMETERS).resolve()
+    shutil.rmtree(target, ignore_errors=True)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(target, params)
+    write_json(directory / "encoder.json", config.to_dict())
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        digest.update(f"{path_name(path)} {leaf.shape} {leaf.dtype}\n".encode())
+        digest.update(np.ascontiguousarray(leaf).tobytes())
+    return digest.hexdigest()
+
+
+def load(directory: pathlib.Path) -> tuple[encoders.EncoderConfig, Any]:
+    """Reads what `save` wrote, onto the first device; the parameters may have been saved on any number of devices."""
+    config = encoders.EncoderConfig.from_dict(read_json(directory / "encoder.json"))
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shapes = jax.eval_shape(encoders.build(config).init, jax.random.key(0))
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    path = (directory / PARAMETERS).resolve()
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            return config, checkpointer.restore(path, target)
+    except Exception as error:  # orbax and tensorstore raise many kinds; all mean the same to the user
+        reason = " ".join(str(error).split())[:160]
+        raise UserError(
+            f"{path} is not a readable checkpoint ({reason}); delete {directory / 'manifest.json'} and run the training "
+            "command again: it goes on from its own checkpoints"
+        ) from error

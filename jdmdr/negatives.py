@@ -1,0 +1,137 @@
+"""The negatives store: versioned, id-based, one for every method; training JSONL with texts is an export of it.
+
+    negatives/v00000/{lang}.qids.txt      one query id a line
+    negatives/v00000/{lang}.rows.npy      int64 [Q, N], rows of the language's collection, best first
+    negatives/v00000/{lang}.rank.npy      int32 [Q, N], rank in the mined list from 1; 0 for what was filled in
+    negatives/v00000/{lang}.score.npy     float32 [Q, N], score of the mined list; NaN for what was filled in
+    negatives/v00000/{lang}.source.npy    uint8 [Q, N], index into SOURCES
+
+Version 0 is static; a method that mines again while it trains adds versions.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdmdr import hashing
+from jdmdr.corpus import Collection
+from jdmdr.filters import Candidates, Context, apply_filters, rules_from_config
+from jdmdr.library import TrainingQuery
+from jdmdr.mine import Mined
+from jdmdr.types import NO_HIT
+
+SOURCES = ("retrieval", "judged", "random")
+RETRIEVAL, JUDGED, RANDOM = range(len(SOURCES))
+
+
+class Negatives(NamedTuple):
+    """Negatives of one language's training queries; places beyond the last hold `NO_HIT`."""
+
+    rows_QxN: np.ndarray
+    rank_QxN: np.ndarray
+    score_QxN: np.ndarray
+    source_QxN: np.ndarray
+
+
+def select(
+    mined: Mined, queries: Sequence[TrainingQuery], base: int, collection: Collection, text: Any, filters: Any, count: int,
+    seed: int,
+) -> tuple[Negatives, dict[str, int]]:  # fmt: skip
+    """Filters the candidates, keeps the `count` best of each query and fills up the short ones.
+
+    Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random passages of the
+    collection, never a positive and none twice. Returns the negatives and the counts per filter rule and source.
+    """
+    positives = [q.positives - base for q in queries]
+    candidates = Candidates(mined.rows_QxK, mined.scores_QxK, mined.dense_scores_QxK, mined.positive_score_Q)
+    kept, reasons_QxK, counts = apply_filters(candidates, rules_from_config(filters), Context(positives, text))
+    rank_QxK = np.take_along_axis(
+        np.broadcast_to(np.arange(1, reasons_QxK.shape[1] + 1, dtype=np.int32), reasons_QxK.shape),
+        np.argsort(reasons_QxK != -1, axis=1, kind="stable"), 1,
+    )  # fmt: skip
+    shape = len(queries), count
+    out = Negatives(
+        np.full(shape, NO_HIT, np.int64), np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32),
+        np.zeros(shape, np.uint8),
+    )  # fmt: skip
+    width = min(count, kept.rows_QxK.shape[1])
+    found = kept.rows_QxK[:, :width] != NO_HIT
+    out.rows_QxN[:, :width] = kept.rows_QxK[:, :width]
+    out.rank_QxN[:, :width] = np.where(found, rank_QxK[:, :width], 0)
+    out.score_QxN[:, :width] = np.where(found, kept.scores_QxK[:, :width], np.nan)
+    for q, query in enumerate(queries):
+        _fill(out, q, query, positives[q], query.judged - base, len(collection), seed)
+    for index, name in enumerate(SOURCES):
+        counts[f"source {name}"] = int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum())
+    return out, counts
+
+
+def _fill(out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, size: int, seed: int):
+    rows_N = out.rows_QxN[q]
+    place = int((rows_N != NO_HIT).sum())
+    taken = {*rows_N[:place].tolist(), *positives.tolist()}
+    shuffled = judged[np.argsort(hashing.hash_array(seed, f"judged {query.qid}", judged), kind="stable")]
+    for source, rows in ((JUDGED, iter(shuffled.tolist())), (RANDOM, _random_rows(size, query, seed))):
+        while place < len(rows_N) and len(taken) < size:
+            row = next(rows, None)
+            if row is None:
+                break
+            if row not in taken:
+                rows_N[place], out.source_QxN[q, place] = row, source
+                taken.add(row)
+                place += 1
+
+
+def _random_rows(size: int, query: TrainingQuery, seed: int) -> Iterator[int]:
+    """Rows without end: drawn anew until the collection is used up."""
+    generator = hashing.rng(seed, "random negatives", query.lang, query.qid)
+    while True:
+        yield from generator.integers(size, size=64).tolist()
+
+
+def version_dir(directory: pathlib.Path, version: int) -> pathlib.Path:
+    return directory / f"v{version:05d}"
+
+
+def write(directory: pathlib.Path, lang: str, qids: Sequence[str], negatives: Negatives) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for field, values in zip(("rows", "rank", "score", "source"), negatives, strict=True):
+        np.save(directory / f"{lang}.{field}.npy", values)
+    (directory / f"{lang}.qids.txt").write_text("".join(f"{qid}\n" for qid in qids), encoding="utf-8")
+
+
+def read(directory: pathlib.Path, lang: str) -> tuple[list[str], Negatives]:
+    """Query ids and negatives of a language; no ids and no rows where it has none."""
+    path = directory / f"{lang}.qids.txt"
+    if not path.exists():
+        empty = np.zeros((0, 0))
+        return [], Negatives(empty, empty, empty, empty)
+    arrays = (np.load(directory / f"{lang}.{field}.npy", mmap_mode="r") for field in ("rows", "rank", "score", "source"))
+    return path.read_text(encoding="utf-8").split("\n")[:-1], Negatives(*arrays)
+
+
+def training_rows(
+    queries: Sequence[TrainingQuery], lang: str, base: int, collection: Collection, negatives: Negatives
+) -> Iterator[dict[str, Any]]:
+    """The rows of the training JSONL, texts included: the de-facto format of dense retrieval training."""
+    for q, query in enumerate(queries):
+        places = np.flatnonzero(negatives.rows_QxN[q] != NO_HIT)
+        yield {
+            "query_id": query.qid,
+            "query": query.text,
+            "lang": lang,
+            "positive_passages": [collection.passage(int(row))._asdict() for row in query.positives - base],
+            "negative_passages": [
+                {
+                    **collection.passage(int(negatives.rows_QxN[q, n]))._asdict(),
+                    "source": SOURCES[negatives.source_QxN[q, n]],
+                    "rank": int(negatives.rank_QxN[q, n]),
+                    "score": None if np.isnan(negatives.score_QxN[q, n]) else float(negatives.score_QxN[q, n]),
+                }
+                for n in places
+            ],
+        }

@@ -1,0 +1,125 @@
+"""Contrastive loss over shared negatives, with DMDR's language and topic weights.
+
+With B queries and P passages each (positive first, N = B*P), S = Q X^T / temperature is BxN in float32, t_i the column
+of query i's positive and M_ij the mask of `valid_columns`:
+
+    l_i = -S_{i,t_i} + log( exp S_{i,t_i} + sum_{j != t_i} M_ij exp S_ij )
+
+    none             L = mean_i l_i
+    example          L = mean_i wbar_i l_i,  wbar_i the mean weight of query i's own P-1 negatives
+    negative         as none, with log(w_j / mean w) added to the negatives' scores
+    literal_trainer  L = (mean_i l_i) * (mean_i (alpha_{l_i} + beta_{c_i}))
+
+with w_j = alpha[language] + beta[topic of passage j], constants of the batch.
+
+Source: Huang et al., "Boosting Data Utilization for Multilingual Dense Retrieval" (EMNLP 2025), section 3.5;
+`literal_trainer` is the form of the authors' released code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jdmdr.types import UserError
+
+MODES = ("none", "example", "negative", "literal_trainer")
+
+
+def make_objective(config: Any, mesh: Mesh | None = None):
+    """The contrastive objective; config keys: `mode` (one of MODES) and `temperature` (a divisor, > 0).
+
+    With a mesh the queries' rows of the score matrix stay sharded over its axis "data" while every device sees all
+    passages.
+    """
+    mode, temperature = config.mode, config.temperature
+    if mode not in MODES:
+        raise UserError(f"objective.mode is {mode!r}; choose one of {', '.join(MODES)}.")
+    if not temperature > 0:
+        raise UserError(f"objective.temperature is {temperature!r}; it divides the scores and must be positive.")
+
+    def loss(params, extra, batch, encode, rng, step):
+        del extra, rng, step
+        q_BxD = encode(params, batch["queries"], "query")
+        p_NxD = encode(params, batch["passages"], "passage")
+        if mesh is not None:
+            q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec("data")))
+            p_NxD = jax.lax.with_sharding_constraint(p_NxD, NamedSharding(mesh, PartitionSpec()))
+        return contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
+
+    return loss
+
+
+def contrastive_loss(
+    q_BxD: jax.Array,
+    p_NxD: jax.Array,
+    batch: Mapping[str, Any],
+    *,
+    temperature: float,
+    mode: str,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss on embeddings and its metrics.
+
+    Args:
+      batch: `target_B`, `passage_ids_N`, `first_N`, `positive_ids_BxM` for the mask, and `weight_N`, `query_weight_B`
+        for the weighted modes.
+
+    Returns:
+      The scalar loss, and `loss`, `unweighted_loss` (mean l_i), `accuracy_at_1` (the positive beats every valid
+      negative), `positive_score` (mean similarity, undivided) and `masked_fraction` (of the B*(N-1) negatives).
+    """
+    B, N = q_BxD.shape[0], p_NxD.shape[0]
+    similarity_BxN = jnp.einsum(
+        "bd,nd->bn", q_BxD.astype(jnp.float32), p_NxD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
+    is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
+    is_negative_BxN = valid_columns(batch) & ~is_target_BxN
+    scores_BxN = jnp.where(is_negative_BxN | is_target_BxN, similarity_BxN / temperature, -jnp.inf)
+    target_B = jnp.take_along_axis(scores_BxN, batch["target_B"][:, None], axis=1)[:, 0]
+
+    example_B = jax.nn.logsumexp(scores_BxN, axis=1) - target_B
+    unweighted = example_B.mean()
+    match mode:
+        case "none":
+            loss = unweighted
+        case "example":
+            loss = (_example_weight(batch, B, N) * example_B).mean()
+        case "negative":
+            # Relative to the mean weight of the negatives, so that alpha does not shift them all against the positive.
+            mean_weight = (is_negative_BxN @ batch["weight_N"]).sum() / jnp.maximum(is_negative_BxN.sum(), 1)
+            log_weight_BxN = jnp.where(is_negative_BxN, jnp.log(batch["weight_N"] / mean_weight), 0.0)
+            loss = (jax.nn.logsumexp(scores_BxN + log_weight_BxN, axis=1) - target_B).mean()
+        case "literal_trainer":
+            loss = unweighted * batch["query_weight_B"].mean()
+
+    metrics = {
+        "loss": loss,
+        "unweighted_loss": unweighted,
+        "accuracy_at_1": (target_B > jnp.where(is_negative_BxN, scores_BxN, -jnp.inf).max(axis=1)).mean(),
+        "positive_score": target_B.mean() * temperature,
+        "masked_fraction": 1.0 - is_negative_BxN.sum() / max(B * (N - 1), 1),
+    }
+    return loss, jax.lax.stop_gradient(metrics)
+
+
+def valid_columns(batch: Mapping[str, Any]) -> jax.Array:
+    """M, BxN: the columns that count in the softmax of each query.
+
+    A column is out if its passage is a known positive of the query or repeats one of an earlier column; a query's own
+    target is always in. Both are decided by id, so the layout of the batch does not matter.
+    """
+    ids_N = batch["passage_ids_N"]
+    known_BxN = (batch["positive_ids_BxM"][:, :, None] == ids_N).any(axis=1)
+    is_target_BxN = jnp.arange(ids_N.shape[0]) == batch["target_B"][:, None]
+    return (batch["first_N"] & ~known_BxN) | is_target_BxN
+
+
+def _example_weight(batch: Mapping[str, Any], B: int, N: int) -> jax.Array:
+    """Mean weight of each query's own negatives; without own negatives, the weight of the query itself."""
+    if N == B:
+        return batch["query_weight_B"]
+    return batch["weight_N"].reshape(B, N // B)[:, 1:].mean(axis=1)

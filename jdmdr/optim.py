@@ -1,0 +1,49 @@
+"""The optimiser: AdamW with linear warm-up and decay, gradient clipping, and learning rates by parameter name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import jax
+import optax
+
+from jdmdr.types import UserError
+
+
+def schedule(section: Any, peak: float) -> optax.Schedule:
+    """Linear rise over `warmup_share` of the steps, then linear decay to 0 or constant (`decay`)."""
+    rise = max(1, round(section.warmup_share * section.steps))
+    end = 0.0 if section.decay == "linear" else peak
+    fall = optax.linear_schedule(peak, end, max(1, section.steps - rise))
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), fall], [rise])
+
+
+def make_optimiser(section: Any, params: Any) -> optax.GradientTransformation:
+    """AdamW over all parameters; `learning_rates` maps a regex on the parameter's path to another peak rate.
+
+    The first regex that matches wins; a parameter that none matches gets `learning_rate`. A regex that matches nothing
+    is refused.
+    """
+    if section.decay not in ("linear", "constant"):
+        raise UserError(f"decay is {section.decay!r}; it is one of linear, constant")
+    patterns = dict(section.learning_rates)
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for pattern in patterns:
+        if not any(re.search(pattern, name) for name in paths):
+            raise UserError(f"learning_rates: {pattern!r} matches no parameter; there are {', '.join(paths[:8])} ...")
+
+    def label(path, _):
+        return next((p for p in patterns if re.search(p, path_name(path))), "")
+
+    def adamw(peak: float) -> optax.GradientTransformation:
+        return optax.adamw(schedule(section, peak), b1=0.9, b2=0.999, eps=1e-8, weight_decay=section.weight_decay)
+
+    groups = {"": adamw(section.learning_rate), **{p: adamw(rate) for p, rate in patterns.items()}}
+    clip = optax.clip_by_global_norm(section.clip) if section.clip else optax.identity()
+    return optax.chain(clip, optax.multi_transform(groups, jax.tree_util.tree_map_with_path(label, params)))
+
+
+def path_name(path: tuple) -> str:
+    """A parameter's path as a slash-joined name, e.g. `layer_0/attention/query/kernel`."""
+    return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)

@@ -1,0 +1,384 @@
+"""A recipe's stages in order; each is skipped when it is up to date and goes on where it was when it was cut off.
+
+    python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
+
+`python -m jdmdr.STAGE` brings one stage, and what it needs, up to date: corpus, tokens, warmup, bm25, embeddings, mine,
+negatives, topics, train, evaluate, export.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import pathlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jdmdr import cli, progress, workdir
+from jdmdr.types import UserError
+from jdmdr.workdir import Stage
+
+
+def command(target: str, doc: str) -> None:
+    """The main function of a stage's module: brings `target` up to date."""
+
+    def bring(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
+        run(config, directory, target, flags.redo)
+
+    cli.run(bring, doc)
+
+
+def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = False) -> None:
+    """Brings stage `target` and all that it needs up to date under `directory`."""
+    stages = {stage.name: stage for stage in Recipe(config, directory).stages()}
+    for name in _needed(stages, target):
+        workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
+
+
+def _needed(stages: dict[str, Stage], target: str) -> list[str]:
+    """The target and its needs, in pipeline order."""
+    wanted, todo = set(), [target]
+    while todo:
+        name = todo.pop()
+        if name not in wanted:
+            wanted.add(name)
+            todo.extend(stages[name].needs)
+    return [name for name in stages if name in wanted]
+
+
+class Recipe:
+    """A config bound to a working directory: its stages and what they share."""
+
+    def __init__(self, config: ConfigDict, directory: pathlib.Path):
+        self.config, self.directory = config, directory
+
+    # --- what the stages share -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def files(self) -> dict[str, Any]:
+        from jdmdr import datasets
+
+        return datasets.discover(pathlib.Path(self.config.data.root), self.config.data.langs)
+
+    @functools.cached_property
+    def library(self):
+        from jdmdr.library import Library
+
+        return Library(self.directory / "corpus")
+
+    @functools.cached_property
+    def training(self):
+        queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
+        if not any(not q.held_out for q in queries):
+            raise UserError(
+                f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
+                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv"
+            )
+        return queries
+
+    @functools.cached_property
+    def mesh(self):
+        from jdmdr import parallel
+
+        return parallel.data_mesh()
+
+    @functools.cached_property
+    def _from_scratch(self) -> bool:
+        return not self.config.encoder.name
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def stages(self) -> list[Stage]:
+        """All stages in order. Settings hold the config keys that a stage depends on, and no paths."""
+        c = self.config
+        plain = c.to_dict()
+        lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
+        split = {"valid_share": c.data.valid_share, "seed": c.seed}
+        ensemble = c.mine.retrievers.split(",")
+        raw = [p for f in self.files.values() for p in _paths(f)]
+        cloze = ("cloze",) if c.warmup.steps and c.warmup.cloze_share > 0 else ()
+        dense = [name for name in ensemble if name != "bm25"]
+        if not set(ensemble) <= {"warmup", "bm25"}:
+            raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
+        logs = _train_volatile()
+        return [
+            Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
+            Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
+            Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
+            *[Stage(name, self.make_cloze, {"per_lang": c.warmup.cloze_per_lang, "seed": c.seed, **lengths},
+                    ("corpus", "tokenizer")) for name in cloze],
+            Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
+                  ("corpus", "tokens", *cloze), volatile=logs, precious=True),
+            Stage("bm25", self.index_bm25, {}, ("corpus",)),
+            Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
+            Stage("mine", self.mine, {**plain["mine"], **split},
+                  ("corpus", *(["bm25"] if "bm25" in ensemble else []), *(["embeddings-warmup"] if dense else []))),
+            Stage("negatives", self.select_negatives,
+                  {"filters": plain["filters"], "negatives": c.mine.negatives, **split}, ("corpus", "mine")),
+            Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
+            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
+                  ("corpus", "tokens", "warmup", "negatives", "topics"), volatile=logs, precious=True),
+            Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
+            Stage("evaluate", self.evaluate, {"name": c.name, **plain["evaluate"], **split},
+                  ("corpus", "bm25", "embeddings-warmup", "embeddings")),
+            Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
+            Stage("report", self.report, {}, ("corpus", "negatives", "train", "evaluate", "export")),
+        ]  # fmt: skip
+
+    def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import corpus
+
+        counts = {}
+        for lang, files in progress.bar(self.files.items(), "  reading", "languages", total=len(self.files)):
+            if not (out_dir / lang).exists():
+                partial = out_dir / f".{lang}.partial"
+                _empty(partial)
+                report = corpus.ingest(lang, files, partial)
+                workdir.write_json(partial / "report.json", dataclasses.asdict(report))
+                partial.rename(out_dir / lang)
+            counts[lang] = workdir.read_json(out_dir / lang / "report.json")
+            for warning in counts[lang].get("warnings", ()):
+                progress.say(f"  warning: {warning}")
+        return counts
+
+    def make_tokenizer(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import tokenizer
+        from jdmdr.corpus import passage_text
+
+        c = self.config
+        name = c.tokenizer.name or c.encoder.name
+        if name:
+            tokenizer.copy_pretrained(name, out_dir)
+        else:
+            texts = (passage_text(c_.passage(row)) for c_ in self.library.collections for row in range(len(c_)))
+            tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
+        return {"vocab_size": tokenizer.Tokenizer(out_dir, 8).vocab_size}
+
+    def _tokenizer(self, side: str):
+        from jdmdr.tokenizer import Tokenizer
+
+        encoder = self.config.encoder
+        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
+
+    def tokenize(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import tokenizer
+        from jdmdr.corpus import passage_text
+
+        counts = {}
+        splits = ["train", *self.library.judged_splits()]
+        for lang, collection in progress.bar(
+            list(zip(self.library.langs, self.library.collections, strict=True)), "  tokenising", "languages"
+        ):
+            work = {"passages": ("passage", (passage_text(collection.passage(row)) for row in range(len(collection))))}
+            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in splits}
+            for name, (side, texts) in work.items():
+                if not tokenizer.has_tokens(out_dir / name, lang):
+                    counts[f"{name} {lang}"] = tokenizer.write_tokens(self._tokenizer(side), texts, out_dir / name, lang)
+        return counts
+
+    def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import sources, tokenizer
+
+        counts = {}
+        for index, lang in enumerate(self.library.langs):
+
+            def tokenise(texts, lang=lang):
+                tokenizer.write_tokens(self._tokenizer("query"), texts, out_dir / "tokens", lang)
+
+            most = self.config.warmup.cloze_per_lang
+            counts[lang] = sources.write_cloze(self.library, index, most, self.config.seed, out_dir, tokenise)
+        return counts
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return workdir.counts_of(self.directory, "tokenizer")["vocab_size"]
+
+    @functools.cached_property
+    def stores(self):
+        from jdmdr import sources
+
+        return sources.open_stores(self.directory / "tokens", self.library, self.vocab_size)
+
+    def _first_encoder(self):
+        """The encoder and its parameters before any training."""
+        from jdmdr import models
+
+        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed)
+
+    def _model(self, stage: str):
+        """The encoder and the parameters that a training stage ended with."""
+        from jdmdr import models
+
+        return models.load(self.directory / stage)
+
+    def _run_training(self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, sets: Any, topics: int):
+        from jdmdr import encoders, models, objectives, sources, train, validate
+
+        c = self.config
+        if section.objective.name not in objectives.OBJECTIVES:
+            raise UserError(f"objective.name is {section.objective.name!r}; there are {', '.join(objectives.OBJECTIVES)}")
+        encoder = encoders.build(encoder_config)
+        lengths = c.encoder.query_length, c.encoder.passage_length
+        make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
+        if section.steps:
+            make_batch, shapes, sentence = sources.batch_maker(
+                sets, section, c.weights, lengths, self.mesh.devices.size, c.seed, len(self.library.langs), topics
+            )
+        progress.say(f"  {sentence}")
+        validation = validate.make_validation(
+            self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
+        )
+        objective = objectives.OBJECTIVES[section.objective.name](section.objective, self.mesh)
+        params, counts = train.train(
+            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
+        )
+        return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
+
+    def warm_up(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import sources
+
+        section = self.config.warmup
+        encoder_config, params = self._first_encoder()
+        sets = [(sources.pairs(self.training, self.stores), 1 - section.cloze_share)]
+        if section.steps and section.cloze_share > 0:
+            cloze = sources.cloze(self.directory / "cloze", self.stores, self.library, self.vocab_size)
+            sets.append((cloze, section.cloze_share))
+        return self._run_training(out_dir, section, encoder_config, params, sets, topics=1)
+
+    def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr.corpus import passage_text
+        from jdmdr.index.bm25 import Bm25Searcher
+
+        for lang, collection in progress.bar(
+            list(zip(self.library.langs, self.library.collections, strict=True)), "  indexing", "languages"
+        ):
+            texts = (passage_text(collection.passage(row)) for row in range(len(collection)))
+            Bm25Searcher(texts).save(out_dir / lang)
+        return {}
+
+    def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import encode, encoders
+        from jdmdr.tokenizer import TokenStore
+
+        c = self.config
+        encoder_config, params = self._model(stage)
+        encoder = encoders.build(encoder_config)
+        sides = {"passages": (self.stores.passages, c.encoder.passage_length)}
+        for split in ["train", *self.library.judged_splits()]:
+            store = TokenStore(self.directory / "tokens" / f"queries.{split}", self.library.langs, self.vocab_size)
+            sides[f"queries.{split}"] = (store, c.encoder.query_length)
+        bar = progress.bar(None, "  encoding", "texts", total=sum(len(store) for store, _ in sides.values()))
+        embedders = {length: encode.Embedder(encoder, self.mesh, length) for _, length in sides.values()}
+        for name, (store, length) in sides.items():
+            for index, lang in enumerate(self.library.langs):
+                first, stop = store.bases[index : index + 2]
+                encode.encode_rows(embedders[length], params, store, int(first), int(stop - first), out_dir / lang, name,
+                                   c.encode.shard_rows, c.encode.dtype, bar)  # fmt: skip
+        bar.close()
+        return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
+
+    def _retriever(self, system: str, lang: str, split: str, index: str, factory: str = "Flat"):
+        from jdmdr import mine
+
+        if system == mine.BM25:
+            return mine.bm25_retriever(self.directory / "bm25" / lang, self.library.queries(lang, split)[1])
+        embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings") / lang
+        return mine.dense_retriever(embeddings, split, index, factory, self.mesh)
+
+    def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import mine
+
+        c = self.config.mine
+
+        def retrievers(lang: str):
+            return {name: self._retriever(name, lang, "train", c.index, c.factory) for name in c.retrievers.split(",")}
+
+        return mine.mine(self.library, self.training, retrievers, c, out_dir)
+
+    def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import corpus, mine, negatives
+
+        c = self.config
+        totals: dict[str, Any] = {}
+        for index, lang in enumerate(progress.bar(self.library.langs, "  filtering", "languages")):
+            queries = [q for q in self.training if q.lang == index and not q.held_out]
+            if not queries:
+                continue
+            collection, base = self.library.collections[index], int(self.library.bases[index])
+
+            def text(row: int, collection=collection) -> str:
+                return corpus.passage_text(collection.passage(row))
+
+            mined = mine.read_mined(self.directory / "mine", lang)
+            chosen, counts = negatives.select(
+                mined, queries, base, collection, text, c.filters.to_dict(), c.mine.negatives, c.seed
+            )
+            negatives.write(negatives.version_dir(out_dir, 0), lang, [q.qid for q in queries], chosen)
+            rows = negatives.training_rows(queries, lang, base, collection, chosen)
+            corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
+            totals[lang] = counts
+        return {"languages": totals}
+
+    def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import topics
+
+        embeddings = self.directory / "embeddings-warmup"
+        return topics.label(self.library, self.training, embeddings, self.config.topics, self.config.seed, out_dir)
+
+    def train(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import negatives, sources, topics
+
+        c = self.config
+        encoder_config, params = self._model("warmup")
+        version = negatives.version_dir(self.directory / "negatives", 0)
+        labels = topics.read_topics(self.directory / "topics", self.library)
+        training_set = sources.with_negatives(
+            self.training, self.stores, self.library, version, labels, c.weights.inherit
+        )
+        return self._run_training(out_dir, c.train, encoder_config, params, [(training_set, 1.0)], c.topics.clusters)
+
+    def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import evaluate
+
+        systems = ("bm25", "warmup", self.config.name)
+
+        def retriever(system: str, lang: str, split: str):
+            return self._retriever(system, lang, split, "exact")
+
+        return evaluate.evaluate(
+            self.library, self.training, systems, functools.cache(retriever), self.config.evaluate, self.config.seed, out_dir
+        )
+
+    def export(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import report
+
+        return report.export_with_card(self, out_dir)
+
+    def report(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        from jdmdr import report
+
+        return report.write(self, out_dir)
+
+
+def _paths(files: Any) -> list[pathlib.Path]:
+    return [*files.corpus, *files.topics.values(), *files.qrels.values(), *([files.train] if files.train else [])]
+
+
+def _train_volatile() -> tuple[str, ...]:
+    from jdmdr.train import VOLATILE
+
+    return VOLATILE
+
+
+def _empty(directory: pathlib.Path) -> None:
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
+
+
+if __name__ == "__main__":
+    from jdmdr import report
+
+    cli.run(report.run_and_print, __doc__)

@@ -1,0 +1,189 @@
+"""Reads the files of a data root into the nouns of `types.py`; every complaint names the file and the line.
+
+Accepted without a word: gzip or not whatever the name says, several gzip members, a byte order mark, CRLF, blank lines,
+no final line end, any character inside a string. Only the byte "\\n" ends a line: U+2028, U+0085 and their like are
+text. A lone surrogate (a `\\ud800` escape), which is no Unicode text, becomes U+FFFD.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jdmdr.types import Passage, Query, UserError
+
+Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
+
+_BUFFER = 1 << 20
+_BOM = b"\xef\xbb\xbf"
+
+
+class TrainRow(NamedTuple):
+    """A training query with the docids of its positives and its judged negatives."""
+
+    query: Query
+    positives: list[str]
+    negatives: list[str]
+
+
+def lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Streams the non-blank lines of a UTF-8 file with their numbers, from 1.
+
+    Raises UserError for a damaged gzip file, for what is not UTF-8, and for a file that cannot be opened.
+    """
+    number = 0
+    try:
+        with open(path, "rb", _BUFFER) as handle:
+            gzipped = handle.peek(2)[:2] == b"\x1f\x8b"
+            stream = io.BufferedReader(gzip.GzipFile(fileobj=handle), _BUFFER) if gzipped else handle
+            for number, line in enumerate(stream, 1):
+                line = line.removeprefix(_BOM).removesuffix(b"\n").removesuffix(b"\r")
+                if line and not line.isspace():
+                    yield number, line.decode()
+    except UnicodeDecodeError as error:
+        raise bad_line(path, number, f"byte 0x{error.object[error.start]:02x} at offset {error.start} is not UTF-8; "
+                                     "convert the file to UTF-8") from error  # fmt: skip
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(f"{path}: the gzip data is cut off or damaged after line {number} ({error}); "
+                        "copy or download the file again") from error  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
+
+
+def passages(path: Path) -> Iterator[Passage]:
+    """Streams the passages of a corpus shard: {"docid", "title", "text"}; a title that is absent or null is empty."""
+    for number, row in _objects(path):
+        title = "" if row.get("title") is None else _string(row, "title", path, number)
+        yield Passage(_id(row, "docid", path, number), title, _string(row, "text", path, number))
+
+
+def train_rows(path: Path) -> Iterator[TrainRow]:
+    """Streams training rows: {"query_id", "query", "positive_passages", "negative_passages"}; only docids are kept."""
+    first: dict[str, int] = {}
+    for number, row in _objects(path):
+        query = Query(_id(row, "query_id", path, number), _string(row, "query", path, number))
+        _once(first, query.qid, "query_id", path, number)
+        positives = _docids(row, "positive_passages", path, number)
+        negatives = _docids(row, "negative_passages", path, number) if "negative_passages" in row else []
+        yield TrainRow(query, positives, negatives)
+
+
+def topics(path: Path) -> list[Query]:
+    """Reads topics: `qid TAB query`, each qid once."""
+    queries, first = [], {}
+    for number, line in lines(path):
+        fields = line.split("\t")
+        if len(fields) != 2:
+            raise bad_line(path, number, f"{len(fields)} TAB-separated fields where 2 are expected: qid TAB query")
+        _check_id(fields[0], "qid", path, number)
+        _once(first, fields[0], "qid", path, number)
+        queries.append(Query(*fields))
+    return queries
+
+
+def qrels(path: Path) -> tuple[Qrels, int]:
+    """Reads TREC judgments `qid Q0 docid rel`, separated by blanks or TABs.
+
+    A pair judged twice keeps the higher relevance; the second value counts the pairs judged differently.
+    """
+    judged: Qrels = {}
+    conflicts = 0
+    for number, line in lines(path):
+        fields = re.split(r"[ \t]+", line.strip(" \t"))
+        if len(fields) != 4:
+            raise bad_line(path, number, f"{len(fields)} fields where 4 are expected: qid Q0 docid rel")
+        qid, _, docid, rel = fields
+        _check_id(qid, "qid", path, number)
+        _check_id(docid, "docid", path, number)
+        if not re.fullmatch(r"[+-]?[0-9]{1,9}", rel):
+            raise bad_line(path, number, f"the relevance {_short(rel)} is not a whole number; write 0 or 1")
+        conflicts += judge(judged, qid, docid, int(rel))
+    return judged, conflicts
+
+
+def judge(judged: Qrels, qid: str, docid: str, rel: int) -> bool:
+    """Adds a judgment, the higher one of two; says whether an earlier one differed."""
+    of_query = judged.setdefault(qid, {})
+    before = of_query.get(docid, rel)
+    of_query[docid] = max(before, rel)
+    return before != rel
+
+
+def clean(text: str) -> str:
+    """Replaces lone surrogates by U+FFFD."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def bad_line(path: Path, number: int, what: str) -> UserError:
+    return UserError(f"{path}, line {number}: {what}")
+
+
+def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    for number, line in lines(path):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise bad_line(path, number, f"not valid JSON ({error.msg} at column {error.colno}); "
+                                         "write one JSON object a line, control characters escaped") from error  # fmt: skip
+        except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+            raise bad_line(path, number, f"JSON that cannot be read ({error}); shorten the value") from error
+        if type(row) is not dict:
+            raise bad_line(path, number, f"{_short(row)} where a JSON object is expected; write one object a line")
+        yield number, row
+
+
+def _string(row: dict[str, Any], key: str, path: Path, number: int) -> str:
+    value = row.get(key)
+    if type(value) is str:
+        return clean(value)
+    if key not in row:
+        raise bad_line(path, number, f"the field {key!r} is missing (there are: {_short(list(row))}); add it")
+    raise bad_line(path, number, f"{key!r} is {_short(value)} where a string is expected; write it in quotes")
+
+
+def _id(row: dict[str, Any], key: str, path: Path, number: int) -> str:
+    value = row.get(key)
+    if key in row and type(value) is not str:
+        raise bad_line(path, number, f"{key!r} is {_short(value)}, and ids are strings; write it in quotes")
+    value = _string(row, key, path, number)
+    _check_id(value, key, path, number)
+    return value
+
+
+def _check_id(value: str, key: str, path: Path, number: int) -> None:
+    """Refuses what would break a TREC file or the C code that scores one."""
+    if not value:
+        raise bad_line(path, number, f"{key!r} is empty; give every row an id")
+    if value.split() != [value] or "\0" in value:
+        raise bad_line(path, number, f"{key!r} is {_short(value)}; an id must hold no white space and no NUL, rename it")
+
+
+def _docids(row: dict[str, Any], key: str, path: Path, number: int) -> list[str]:
+    if key not in row:
+        raise bad_line(path, number, f"the field {key!r} is missing (there are: {_short(list(row))}); add it")
+    found = row[key]
+    if type(found) is not list or not all(type(passage) is dict for passage in found):
+        raise bad_line(path, number, f"{key!r} is {_short(found)} where a list of passages is expected; "
+                                     'write [{"docid": ..., "title": ..., "text": ...}]')  # fmt: skip
+    return [_id(passage, "docid", path, number) for passage in found]
+
+
+def _once(first: dict[str, int], qid: str, key: str, path: Path, number: int) -> None:
+    before = first.setdefault(qid, number)
+    if before != number:
+        raise bad_line(path, number, f"the {key} {_short(qid)} was used before, in line {before}; give each query its own")
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return clean(text if len(text) <= 60 else text[:57] + "...")

@@ -1,0 +1,169 @@
+"""What a person reads at the end: the table on the screen, `report.md`, and the model card of the export."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tabulate import tabulate
+
+from jdmdr import workdir
+
+if TYPE_CHECKING:
+    from jdmdr.pipeline import Recipe
+
+COLUMNS = ("ndcg@10", "recall@100")
+TITLES = {"ndcg@10": "nDCG@10", "recall@100": "R@100"}
+
+
+def run_and_print(config: Any, directory: pathlib.Path, flags: Any) -> None:
+    """The pipeline command: all stages, then the table and where everything lies."""
+    from jdmdr import pipeline
+
+    pipeline.run(config, directory, "report", flags.redo)
+    for source, name in (("evaluate/metrics.json", "metrics.json"), ("report/report.md", "report.md")):
+        with workdir.atomic(directory / name) as path:
+            shutil.copyfile(directory / source, path)
+    metrics, intervals = _figures(directory)
+    for split in metrics:
+        print(f"\n{split}")
+        print(tabulate(*_table(metrics[split]["systems"], intervals[split], config.name), tablefmt="simple", stralign="right"))
+    print(f"\nreport: {directory / 'report.md'}")
+    print(f"metrics: {directory / 'metrics.json'}")
+    print(f"model:  {directory / 'export'}")
+
+
+def _figures(directory: pathlib.Path) -> tuple[dict, dict]:
+    return tuple(workdir.read_json(directory / "evaluate" / f"{name}.json") for name in ("metrics", "intervals"))
+
+
+def _order(systems: dict, name: str) -> list[str]:
+    return [s for s in ("bm25", "warmup", name, "hybrid") if s in systems]
+
+
+def _table(systems: dict, intervals: dict, name: str) -> tuple[list[list[str]], list[str]]:
+    """Rows (languages, average, interval) and headers (system and measure)."""
+    order = _order(systems, name)
+    headers = ["lang"] + [f"{system} {TITLES[measure]}" for measure in COLUMNS for system in order]
+    cells = [(system, measure) for measure in COLUMNS for system in order]
+    langs = sorted({lang for s, m in cells for lang in systems[s][m]} - {"avg"})
+    rows = [[lang, *(f"{systems[s][m][lang]:.3f}" for s, m in cells)] for lang in langs]
+    rows.append(["average", *(f"{systems[s][m]['avg']:.3f}" for s, m in cells)])
+    rows.append(["95 %", *("{:.3f}-{:.3f}".format(*intervals[s][m]) for s, m in cells)])
+    return rows, headers
+
+
+def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
+    """Writes `report.md`: tables, training, filter counts, settings."""
+    directory, c = recipe.directory, recipe.config
+    metrics, intervals = _figures(directory)
+    counts = {stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")}
+    lines = [f"# {c.name}: report", ""]
+    for split in metrics:
+        rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
+        lines += [f"## {split}", "", tabulate(rows, headers, tablefmt="github", stralign="right"), ""]
+    lines += [
+        "Averages are over languages, unweighted; the 95 % interval is a bootstrap over queries within each language.",
+        f"The hybrid gives the encoder's score the weight {counts['evaluate']['hybrid_weight']:g} and BM25's the rest, "
+        "chosen on held-out training queries.",
+        "", "## Training", "",
+    ]  # fmt: skip
+    keys = ("steps", "best_step", "valid_ndcg@10", "skipped_updates")
+    rows = [[stage, *(_short(counts[stage].get(key, "-")) for key in keys)] for stage in ("warmup", "train")]
+    lines += [tabulate(rows, ["run", *keys], tablefmt="github", stralign="right", disable_numparse=True), ""]
+    lines += ["## Negatives: candidates dropped per filter rule, and where the kept ones come from", ""]
+    per_lang = counts["negatives"]["languages"]
+    rules = list(next(iter(per_lang.values())))
+    totals = [sum(counts_of[rule] for counts_of in per_lang.values()) for rule in rules]
+    rows = [[lang, *(per_lang[lang][rule] for rule in rules)] for lang in sorted(per_lang)]
+    lines += [tabulate([*rows, ["all", *totals]], ["lang", *rules], tablefmt="github"), "", "## Data", ""]
+    lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), "", "## Settings", ""]
+    lines += [tabulate(sorted(_flat(c.to_dict())), ["key", "value"], tablefmt="github", disable_numparse=True), ""]
+    (out_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    return {}
+
+
+def _data_table(corpus: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
+    splits = sorted({split for of in corpus.values() for split in of["queries"]})
+    rows = [[lang, of["passages"], *(of["queries"].get(s, 0) for s in splits)] for lang, of in sorted(corpus.items())]
+    return rows, ["lang", "passages", *(f"{s} queries" for s in splits)]
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3f}" if isinstance(value, float) else str(value)
+
+
+def _flat(config: dict[str, Any], prefix: str = ""):
+    for key, value in config.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif prefix + key != "data.root":  # a path of this machine, and no setting of the experiment
+            yield prefix + key, "off" if value is None else repr(value)
+
+
+# --- export ----------------------------------------------------------------------------------------------------------
+
+
+def export_with_card(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
+    """Exports the trained encoder with a model card and checks that what was written gives the same embeddings."""
+    from jdmdr import encode, export
+    from jdmdr.corpus import passage_text
+
+    c, directory = recipe.config, recipe.directory
+    encoder_config, params = recipe._model("train")
+    prompts = {"query": c.encoder.query_prompt, "passage": c.encoder.passage_prompt}
+    exported = out_dir.with_name(".export.partial")
+    export.export(
+        encoder_config, params, directory / "tokenizer", exported, prompts=prompts, max_length=c.encoder.passage_length,
+        similarity="cosine" if encoder_config.normalize else "dot", card=_card(recipe, encoder_config),
+    )  # fmt: skip
+    collection = recipe.library.collections[0]
+    rows = np.arange(min(32, len(collection)))
+    texts = [passage_text(collection.passage(int(row))) for row in rows]
+    from jdmdr import encoders
+
+    embedder = encode.Embedder(encoders.build(encoder_config), recipe.mesh, c.encoder.passage_length)
+    vectors = embedder.embed(params, recipe.stores.passages, rows)
+    difference = export.check_parity(exported, [prompts["passage"] + t for t in texts], vectors, max_length=c.encoder.passage_length)
+    shutil.copytree(exported, out_dir, dirs_exist_ok=True)
+    shutil.rmtree(exported)
+    return {"encoder": encoder_config.kind, "parity": "checked" if difference <= 1e-4 else "failed"}
+
+
+def _card(recipe: Recipe, encoder_config: Any) -> str:
+    c = recipe.config
+    metrics, intervals = _figures(recipe.directory)
+    langs = sorted(workdir.counts_of(recipe.directory, "corpus"))
+    codes = sorted({lang.split("-")[0] for lang in langs})
+    lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "language:"]
+    lines += [f"- {code}" for code in codes]
+    lines += [
+        "tags:", "- sentence-transformers", "- dense-retrieval", "- multilingual", "---", "",
+        f"# {c.name}", "",
+        f"A bi-encoder for retrieval in {', '.join(langs)}, trained with jdmdr.", "",
+        tabulate(
+            [
+                ["encoder", encoder_config.kind + (f", from {pathlib.Path(c.encoder.name).name}" if c.encoder.name else ", from scratch")],
+                ["embedding width", encoder_config.width],
+                ["pooling", encoder_config.pooling],
+                ["similarity", "cosine" if encoder_config.normalize else "dot product"],
+                ["query prompt", repr(c.encoder.query_prompt)],
+                ["passage prompt", repr(c.encoder.passage_prompt)],
+                ["passage text", "title, one space, text"],
+                ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}"],
+                ["hard negatives", f"{c.mine.retrievers} fused by {c.mine.fusion}"],
+                ["objective", f"{c.train.objective.name}, {c.train.objective.mode}, temperature {c.train.objective.temperature}"],
+            ],
+            ["", ""], tablefmt="github", disable_numparse=True,
+        ), "",
+        "```python", "from sentence_transformers import SentenceTransformer", "",
+        'model = SentenceTransformer("PATH")', 'q = model.encode_query(["..."])', 'p = model.encode_document(["..."])',
+        "model.similarity(q, p)", "```", "",
+    ]  # fmt: skip
+    for split in metrics:
+        rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
+        lines += [f"## {split}", "", tabulate(rows, headers, tablefmt="github", stralign="right"), ""]
+    return "\n".join(lines)
+

@@ -1,0 +1,151 @@
+"""Training sources: the artefacts of a working directory as `TrainingSet`s, and batches drawn from them by step."""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from jdmdr import batches, negatives
+from jdmdr.batches import Planner, Ragged, TrainingSet
+from jdmdr.library import TRAIN, Library, TrainingQuery
+from jdmdr.tokenizer import TokenStore
+from jdmdr.types import NO_HIT, Tokens, UserError
+from jdmdr.weights import make_weights
+from jdmdr.workdir import write_text
+
+
+class Selected(NamedTuple):
+    """Some rows of a token store, renumbered from 0."""
+
+    store: TokenStore
+    rows: np.ndarray
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return self.store.lengths(self.rows[rows])
+
+    def gather(self, rows: np.ndarray, width: int) -> Tokens:
+        return self.store.gather(self.rows[rows], width)
+
+
+class Stores(NamedTuple):
+    """The token stores of a working directory."""
+
+    passages: TokenStore
+    queries: TokenStore  # of split `train`
+
+
+def open_stores(tokens: pathlib.Path, library: Library, vocab_size: int) -> Stores:
+    return Stores(
+        TokenStore(tokens / "passages", library.langs, vocab_size),
+        TokenStore(tokens / f"queries.{TRAIN}", library.langs, vocab_size),
+    )
+
+
+def pairs(training: Sequence[TrainingQuery], stores: Stores) -> TrainingSet:
+    """Training queries with their positives and no hard negatives."""
+    used = [q for q in training if not q.held_out]
+    return TrainingSet(
+        lang_n=np.array([q.lang for q in used], np.int32),
+        topic_n=np.zeros(len(used), np.int32),
+        positives=Ragged.of(q.positives for q in used),
+        negatives=Ragged.of([] for _ in used),
+        passage_topic=None,
+        queries=Selected(stores.queries, np.array([q.row for q in used])),
+        passages=stores.passages,
+    )
+
+
+def with_negatives(
+    training: Sequence[TrainingQuery], stores: Stores, library: Library, version: pathlib.Path, topics: np.ndarray,
+    inherit: bool,
+) -> TrainingSet:  # fmt: skip
+    """The pairs with the negatives of a version of the store and the topics of queries (their first positive's) and
+    passages."""
+    used = [q for q in training if not q.held_out]
+    mined: dict[tuple[int, str], np.ndarray] = {}
+    for index, lang in enumerate(library.langs):
+        qids, stored = negatives.read(version, lang)
+        for qid, rows in zip(qids, np.asarray(stored.rows_QxN), strict=True):
+            mined[index, qid] = rows[rows != NO_HIT] + library.bases[index]
+    return pairs(training, stores)._replace(
+        topic_n=topics[np.array([q.positives[0] for q in used])].astype(np.int32),
+        negatives=Ragged.of(mined[q.lang, q.qid] for q in used),
+        passage_topic=None if inherit else topics,
+    )
+
+
+def cloze(directory: pathlib.Path, stores: Stores, library: Library, vocab_size: int) -> TrainingSet:
+    """Inverse-cloze pairs, as `write_cloze` left them."""
+    rows = [np.load(directory / f"{lang}.rows.npy") + base for lang, base in zip(library.langs, library.bases)]  # noqa: B905
+    lang_n = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
+    store = TokenStore(directory / "tokens", library.langs, vocab_size)
+    return TrainingSet(
+        lang_n=lang_n,
+        topic_n=np.zeros(len(lang_n), np.int32),
+        positives=Ragged(np.arange(len(lang_n) + 1), np.concatenate(rows)),
+        negatives=Ragged.of([] for _ in lang_n),
+        passage_topic=None,
+        queries=store,
+        passages=stores.passages,
+    )
+
+
+def write_cloze(
+    library: Library, index: int, most: int, seed: int, directory: pathlib.Path, tokenise: Callable[[list[str]], Any]
+) -> int:
+    """Makes the inverse-cloze pairs of one language from at most `most` of its passages; returns how many."""
+    from jdmdr.hashing import hash_array
+
+    lang, collection = library.langs[index], library.collections[index]
+    chosen = np.sort(np.argsort(hash_array(seed, f"cloze {lang}", np.arange(len(collection))), kind="stable")[:most])
+    texts, rows = batches.inverse_cloze(((int(row), collection.passage(int(row))) for row in chosen), seed)
+    write_text(directory / f"{lang}.tsv", "".join(
+        f"{collection.docid(int(row))}\t{' '.join(text.split())}\n" for text, row in zip(texts, rows, strict=True)
+    ))  # fmt: skip
+    np.save(directory / f"{lang}.rows.npy", rows)
+    tokenise(texts)
+    return len(texts)
+
+
+def batch_maker(
+    sources: Sequence[tuple[TrainingSet, float]], section: Any, weights: Any, lengths: tuple[int, int], devices: int,
+    seed: int, langs: int, topics: int,
+) -> tuple[Callable[[int], tuple[dict, dict]], int, str]:  # fmt: skip
+    """The function step -> (batch, figures to log) over `sources` with their shares, a pure function of the step.
+
+    Returns it with the number of batch shapes it can give and a sentence on what a query sees.
+    """
+    if section.batch_size % devices:
+        raise UserError(f"batch_size is {section.batch_size}, not a multiple of the {devices} devices")
+    planned = []
+    for training_set, _ in sources:
+        batches.check_training_set(training_set, section.passages_per_query)
+        planned.append((
+            training_set,
+            Planner(training_set.lang_n, training_set.topic_n, section.batch_size, seed, section.policy, section.lang_temp),
+        ))  # fmt: skip
+    shapes = batches.plan_shapes(
+        planned, batch_size=section.batch_size, passages_per_query=section.passages_per_query, seed=seed,
+        chunk_rows=section.chunk_rows, devices=devices, query_max_length=lengths[0], passage_max_length=lengths[1],
+        max_profiles=section.max_profiles,
+    )  # fmt: skip
+    shares = [share for _, share in sources]
+    settings = {key: weights[key] for key in ("a", "b", "gamma_a", "gamma_b", "sign", "topic_scope")}
+    tables = [make_weights(s.lang_n, s.topic_n, langs, topics, **settings) for s, _ in planned]
+
+    def make(step: int) -> tuple[dict, dict]:
+        source, own_step = batches.interleave(step, shares, seed)
+        training_set, planner = planned[source]
+        batch, figures = batches.make_batch(
+            training_set, planner, own_step, passages_per_query=section.passages_per_query, seed=seed, shapes=shapes,
+            weights=tables[source],
+        )  # fmt: skip
+        return batch, {**figures, "source": source}
+
+    hard = section.passages_per_query - 1
+    others = (section.batch_size - 1) * section.passages_per_query
+    sentence = f"each query sees 1 positive, {hard} hard negatives and {others} in-batch passages"
+    return make, len(shapes.profiles), sentence

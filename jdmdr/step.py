@@ -1,0 +1,66 @@
+"""One training step on the global batch, compiled by `jax.jit` over sharded arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jdmdr.shapes import encode_chunks
+
+State = dict[str, Any]  # params, opt_state, step, skipped, skipped_in_a_row
+
+
+def init_state(params: Any, optimiser: optax.GradientTransformation) -> State:
+    # three arrays, not one: the state is donated, and a buffer can be donated once
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return {
+        "params": params,
+        "opt_state": optimiser.init(params),
+        "step": step,
+        "skipped": skipped,
+        "skipped_in_a_row": in_a_row,
+    }
+
+
+def make_step(encoder: Any, objective: Callable, optimiser: optax.GradientTransformation, seed: int) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, jitted, the state donated.
+
+    The objective sees the global batch (design: global view), so its gradient needs no world-size factor. An update
+    whose loss or gradient norm is not finite is skipped and counted; the parameters stay as they were.
+    """
+
+    def step(state: State, batch: dict) -> tuple[State, dict]:
+        rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+
+        def encode(params, chunks, side: str, output: str = "pooled"):
+            side_rng = jax.random.fold_in(rng, {"query": 0, "passage": 1}[side])
+            return encode_chunks(lambda p, tokens, key: encoder.apply(p, tokens, output, key), params, chunks, side_rng)
+
+        def loss(params):
+            return objective(params, {}, batch, encode, rng, state["step"])
+
+        (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
+        norm = optax.global_norm(gradient)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        updates, opt_state = optimiser.update(gradient, state["opt_state"], state["params"])
+        params = optax.apply_updates(state["params"], updates)
+
+        def keep(new, old):
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+
+        state = {
+            "params": keep(params, state["params"]),
+            "opt_state": keep(opt_state, state["opt_state"]),
+            "step": state["step"] + 1,
+            "skipped": state["skipped"] + ~finite,
+            "skipped_in_a_row": jnp.where(finite, 0, state["skipped_in_a_row"] + 1),
+        }
+        metrics = {**metrics, "gradient_norm": norm, "skipped": state["skipped"],
+                   "skipped_in_a_row": state["skipped_in_a_row"]}  # fmt: skip
+        return state, metrics
+
+    return jax.jit(step, donate_argnums=0)

@@ -1,0 +1,215 @@
+"""Text to token ids: any Hugging Face tokenizer, or a Unigram one trained on the corpus; and the token store on disk.
+
+A store holds one ragged array per language and side (`{lang}.ids.bin`, `{lang}.offsets.npy`), memory-mapped, so that
+every text is tokenised once whatever is trained on it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from jdmdr.types import Tokens, UserError
+from jdmdr.workdir import atomic, write_json
+
+PAD, UNKNOWN = "<pad>", "<unk>"
+# No token of a real vocabulary is longer than this on average; what lies beyond would be truncated anyway.
+CHARACTERS_PER_TOKEN = 64
+BATCH = 1024
+
+
+def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) -> None:
+    """Trains a Unigram vocabulary (Kudo 2018) and writes it as a Hugging Face tokenizer directory.
+
+    NFKC and lower case; no special tokens but pad (id 0) and unknown (id 1). sentencepiece does the training because it
+    gives the same vocabulary on every run, which the trainer of `tokenizers` does not. A text too small for
+    `vocab_size` gets as many pieces as it supports.
+    """
+    import sentencepiece
+
+    normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    model = io.BytesIO()
+    with _quiet_stderr() as complaint:
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=(normalizer.normalize_str(text).replace("\0", " ") for text in texts),
+                model_writer=model, model_type="unigram", vocab_size=vocab_size, hard_vocab_limit=False,
+                character_coverage=1.0, normalization_rule_name="identity", max_sentence_length=1 << 20, num_threads=4,
+                pad_id=0, pad_piece=PAD, unk_id=1, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1, minloglevel=2,
+            )  # fmt: skip
+        except (RuntimeError, OSError) as error:
+            reason = complaint() or str(error)
+            raise UserError(
+                f"no tokenizer can be trained on this corpus ({reason}); add text, lower tokenizer.vocab_size, or name one "
+                "with tokenizer.name"
+            ) from error
+    pieces = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
+    tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=1, byte_fallback=False))
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    out_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(out_dir / "tokenizer.json"))
+    write_json(
+        out_dir / "tokenizer_config.json",
+        {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN},
+    )
+
+
+@contextlib.contextmanager
+def _quiet_stderr():
+    """Holds back what the C++ trainer prints; yields a function that gives its last line."""
+    import tempfile
+
+    with tempfile.TemporaryFile() as sink:
+        saved = os.dup(2)
+        os.dup2(sink.fileno(), 2)
+
+        def last_line() -> str:
+            sink.seek(0)
+            lines = sink.read().decode("utf-8", "replace").strip().splitlines()
+            return lines[-1] if lines else ""
+
+        try:
+            yield last_line
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
+    """Writes the tokenizer of a Hugging Face checkpoint (hub name or directory) to `out_dir`, with its fast backend."""
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_dir)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"no tokenizer can be loaded from {name_or_dir!r} ({reason}); without network give a local directory that "
+            "holds tokenizer.json"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"the tokenizer of {name_or_dir!r} has no fast version; convert it to a tokenizer.json first")
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without a vocabulary
+        raise UserError(f"no tokenizer can be loaded from {name_or_dir!r} (it has no vocabulary); add its tokenizer.json")
+    tokenizer.save_pretrained(out_dir)
+
+
+class Tokenizer:
+    """A tokenizer directory, ready to turn texts of one side into ids of at most `max_length` (special tokens included)."""
+
+    def __init__(self, directory: pathlib.Path, max_length: int, prompt: str = ""):
+        path = directory / "tokenizer.json"
+        try:
+            self._backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # the backend raises bare Exception
+            raise UserError(f"{path}: not a readable tokenizer ({error}); delete its directory and run again") from error
+        self._backend.no_padding()
+        self._backend.enable_truncation(max_length)
+        self._prompt, self._limit = prompt, max_length * CHARACTERS_PER_TOKEN
+        self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """Token ids of each text with the prompt before it."""
+        cut = [(self._prompt + text)[: self._limit] for text in texts]
+        return [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch_fast(cut)]
+
+
+def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.Path, lang: str) -> dict[str, int]:
+    """Tokenises `texts` into the store; returns its counts. Nothing is there until all of it is."""
+    width = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
+    offsets = [np.zeros(1, np.int64)]
+    total = 0
+    with atomic(directory / f"{lang}.ids.bin") as path:
+        with open(path, "wb") as handle:
+            for block in _blocks(texts):
+                encoded = tokenizer.encode(block)
+                np.concatenate([*encoded, np.empty(0, np.int32)]).astype(width).tofile(handle)
+                ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+                offsets.append(ends)
+                total = int(ends[-1])
+    with atomic(directory / f"{lang}.offsets.npy") as path, open(path, "wb") as handle:
+        np.save(handle, np.concatenate(offsets))
+    return {"texts": sum(map(len, offsets)) - 1, "tokens": total}
+
+
+def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    block: list[str] = []
+    for text in texts:
+        block.append(text)
+        if len(block) == BATCH:
+            yield block
+            block = []
+    if block:
+        yield block
+
+
+def has_tokens(directory: pathlib.Path, lang: str) -> bool:
+    """Whether the store of this language is complete (its offsets are written last)."""
+    return (directory / f"{lang}.offsets.npy").is_file()
+
+
+class TokenStore:
+    """Token sequences of several languages behind one another, by global row."""
+
+    def __init__(self, directory: pathlib.Path, langs: Sequence[str], vocab_size: int):
+        width = np.uint16 if vocab_size < 1 << 16 else np.uint32
+        self._offsets = [np.load(directory / f"{lang}.offsets.npy", mmap_mode="r") for lang in langs]
+        self._ids = [_memmap(directory / f"{lang}.ids.bin", width) for lang in langs]
+        self.bases = np.concatenate([[0], np.cumsum([len(o) - 1 for o in self._offsets])]).astype(np.int64)
+
+    def __len__(self) -> int:
+        return int(self.bases[-1])
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        """Token counts, int32, of global `rows`."""
+        part, local = self._locate(rows)
+        out = np.empty(len(rows), np.int32)
+        for lang in np.unique(part):
+            own = part == lang
+            offsets = self._offsets[lang]
+            out[own] = offsets[local[own] + 1] - offsets[local[own]]
+        return out
+
+    def gather(self, rows: np.ndarray, width: int) -> Tokens:
+        """Global `rows` padded with id 0, or cut, to `width` tokens."""
+        part, local = self._locate(rows)
+        ids = np.zeros((len(rows), width), np.int32)
+        mask = np.zeros((len(rows), width), np.int32)
+        for i, (lang, row) in enumerate(zip(part, local, strict=True)):
+            start, stop = self._offsets[lang][row : row + 2]
+            length = min(int(stop - start), width)
+            ids[i, :length] = self._ids[lang][start : start + length]
+            mask[i, :length] = 1
+        return Tokens(ids, mask)
+
+    def document_frequency(self, vocab_size: int) -> np.ndarray:
+        """How many sequences hold each token at least once, int64 [V]; streamed."""
+        frequency = np.zeros(vocab_size, np.int64)
+        for offsets, ids in zip(self._offsets, self._ids, strict=True):
+            for first in range(0, len(offsets) - 1, 100_000):
+                bounds = np.asarray(offsets[first : first + 100_001])
+                rows = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
+                pairs = np.unique(rows * vocab_size + np.asarray(ids[bounds[0] : bounds[-1]], np.int64))
+                frequency += np.bincount(pairs % vocab_size, minlength=vocab_size)
+        return frequency
+
+    def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.asarray(rows, np.int64)
+        part = np.searchsorted(self.bases, rows, side="right") - 1
+        return part, rows - self.bases[part]
+
+
+def _memmap(path: pathlib.Path, dtype) -> np.ndarray:
+    return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+

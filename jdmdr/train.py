@@ -1,0 +1,184 @@
+"""Trains a bi-encoder: the one loop of every recipe.
+
+    python -m jdmdr.train --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+
+brings everything that training reads up to date first (see jdmdr/pipeline.py), then trains, or goes on training.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import tensorboardX
+
+from jdmdr import batches, parallel, progress
+from jdmdr.checkpoint import UNMEASURED, Checkpoints
+from jdmdr.cli import Terminated
+from jdmdr.optim import make_optimiser
+from jdmdr.step import init_state, make_step
+from jdmdr.types import UserError
+
+CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
+VOLATILE = (f"{CHECKPOINTS}/**/*", f"{CHECKPOINTS}/*", "tensorboard/*", LOG)
+
+
+def train(
+    section: Any,
+    encoder: Any,
+    params: Any,
+    objective: Callable,
+    make_batch: Callable[[int], tuple[dict, dict]],
+    shapes: int,
+    validate: Callable[[Any], float | None],
+    out_dir: pathlib.Path,
+    seed: int,
+    mesh: jax.sharding.Mesh,
+) -> tuple[Any, dict[str, Any]]:
+    """Trains for `section.steps` steps and returns the best parameters and the run's counts.
+
+    Args:
+      section: the recipe's `train` or `warmup` keys (configs/default.py).
+      encoder: what `encoders.build` returns; `params` are its starting parameters.
+      objective: `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)`.
+      make_batch: step -> (arrays, figures to log), a pure function of the step.
+      shapes: how many differently shaped batches `make_batch` can give; more compilations than that are an error.
+      validate: params -> nDCG@10 on the held-out train queries, or None where there are none.
+      out_dir: gets `checkpoints/`, `log.jsonl` and `tensorboard/`. A run found there is gone on with, bit for bit as
+        if it had never stopped (same device count, CPU).
+
+    Raises:
+      UserError: the checkpoint is corrupt, or `section.max_skipped` updates in a row were not finite.
+      Terminated: SIGTERM arrived; the state is saved.
+    """
+    # --- setup ---------------------------------------------------------------------------------------------------
+    stop = _StopOnSigterm()
+    optimiser = make_optimiser(section, params)
+    state = jax.device_put(init_state(params, optimiser), parallel.replicated(mesh))
+    step_fn = make_step(encoder, objective, optimiser, seed)
+
+    # --- resume --------------------------------------------------------------------------------------------------
+    checkpoints = Checkpoints(out_dir / CHECKPOINTS)
+    latest = checkpoints.latest()
+    if latest is None:
+        first = 0
+        checkpoints.save(0, state, _score(validate(state["params"])))
+    else:
+        state, first = checkpoints.restore(latest, state)
+        progress.say(f"  going on from step {first}")
+    log = _Log(out_dir, first)
+
+    # --- loop ----------------------------------------------------------------------------------------------------
+    iterator = batches.batch_iterator(make_batch, first, section.steps)
+    bar = progress.bar(None, "  training", "steps", total=section.steps, initial=first)
+    pending = None  # the metrics of the step before: fetched while the device works on the next one
+    for step, (batch, figures) in enumerate(iterator, first):
+        state, metrics = step_fn(state, parallel.put_batch(batch, mesh))
+        if pending:
+            _account(log, bar, section, *pending)
+        pending = step, metrics, figures
+        bar.update()
+        done = step + 1
+        if done % section.checkpoint_every == 0 or done == section.steps:
+            _account(log, bar, section, *pending)
+            pending = None
+            score = _score(validate(state["params"]))
+            checkpoints.save(done, state, score)
+            log.write(done, {"valid_ndcg@10": score})
+        elif stop.requested:
+            checkpoints.save(done, state, UNMEASURED)
+        if stop.requested:
+            checkpoints.close()
+            log.close()
+            bar.close()
+            raise Terminated
+    if step_fn._cache_size() > shapes:
+        raise AssertionError(f"{step_fn._cache_size()} compilations of the step for {shapes} batch shapes")
+
+    # --- finish --------------------------------------------------------------------------------------------------
+    bar.close()
+    log.close()
+    checkpoints.close()
+    checkpoints = Checkpoints(out_dir / CHECKPOINTS)
+    best = checkpoints.best()
+    skipped = int(state["skipped"])
+    score = checkpoints.score(best)
+    state, _ = checkpoints.restore(best, state)
+    checkpoints.close()
+    stop.restore()
+    counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
+    if score != UNMEASURED:
+        counts["valid_ndcg@10"] = score
+    return state["params"], counts
+
+
+def _score(value: float | None) -> float:
+    return UNMEASURED if value is None else value
+
+
+class _StopOnSigterm:
+    """Turns SIGTERM into a flag that the loop looks at between steps, so that a save is never cut in two."""
+
+    def __init__(self):
+        self.requested = False
+        self._before = signal.signal(signal.SIGTERM, self._note)
+
+    def _note(self, signum, frame):
+        self.requested = True
+
+    def restore(self):
+        signal.signal(signal.SIGTERM, self._before)
+
+
+class _Log:
+    """`log.jsonl` and TensorBoard; lines of steps that a resumed run repeats are dropped first."""
+
+    def __init__(self, out_dir: pathlib.Path, first: int):
+        path = out_dir / LOG
+        kept = []
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                # the last line may be half-written
+                if line.endswith("}") and json.loads(line)["step"] <= first:
+                    kept.append(line + "\n")
+        self._file = open(path, "w", encoding="utf-8")
+        self._file.writelines(kept)
+        self._board = tensorboardX.SummaryWriter(str(out_dir / "tensorboard"), purge_step=first, write_to_disk=True)
+
+    def write(self, step: int, figures: dict[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **figures}, sort_keys=True) + "\n")
+        self._file.flush()
+        for name, value in figures.items():
+            if isinstance(value, (int, float)):
+                self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._board.close()
+
+
+def _account(log: _Log, bar: Any, section: Any, step: int, metrics: dict, figures: dict) -> None:
+    """Logs a step and stops the run when too many updates in a row were not finite."""
+    values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+    in_a_row = int(values.pop("skipped_in_a_row"))
+    if in_a_row >= section.max_skipped:
+        log.write(step + 1, {**values, "seconds": time.time()})
+        raise UserError(
+            f"step {step + 1}: loss or gradient was not finite {in_a_row} times in a row; the checkpoints before it are "
+            "intact; lower the learning rate or raise the temperature"
+        )
+    if (step + 1) % section.log_every == 0 or in_a_row:
+        log.write(step + 1, {**{k: v for k, v in values.items() if np.isfinite(v)}, **figures, "time": time.time()})
+        bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
+
+
+if __name__ == "__main__":
+    from jdmdr import pipeline
+
+    pipeline.command("train", __doc__)

@@ -1,0 +1,200 @@
+"""The working directory: its lock, atomic writes, manifests, and the rule that decides what is up to date.
+
+A stage owns one directory `WORKDIR/STAGE`. `manifest.json` is written last, by an atomic rename: no manifest, no
+artefact. It names the stage's settings, the manifests and files it read, its counts and the SHA-256 of what it wrote, and
+holds no time, host or path, so equal inputs give equal bytes. `plan.json` is the same promise written first: a directory
+with a matching plan and no manifest is unfinished work to go on with; anything else is done afresh.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from jdmdr import __version__
+from jdmdr.types import UserError
+
+MANIFEST, PLAN = "manifest.json", "plan.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One arrow of the pipeline.
+
+    `run(out_dir) -> counts` does the work; `settings` is all of the config that it depends on; `needs` are the stages
+    whose output it reads, `files` the input files from outside the working directory. `volatile` are glob patterns of
+    what the manifest leaves out (logs, checkpoints). A `precious` stage is not redone unless the user says so.
+    """
+
+    name: str
+    run: Callable[[pathlib.Path], Mapping[str, Any]]
+    settings: Mapping[str, Any]
+    needs: tuple[str, ...] = ()
+    files: tuple[pathlib.Path, ...] = ()
+    volatile: tuple[str, ...] = ()
+    precious: bool = False
+
+
+@contextlib.contextmanager
+def locked(workdir: pathlib.Path) -> Iterator[None]:
+    """Holds the working directory for this process; a second process is refused with the owner's pid.
+
+    The kernel drops an flock with its process, so a killed run blocks nobody.
+    """
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        handle = open(workdir / ".lock", "a+")
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}; name a directory that can be written") from error
+    with handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            handle.seek(0)
+            owner = handle.read().strip() or "unknown"
+            raise UserError(
+                f"--workdir {workdir} is in use by the process with pid {owner}; wait for it or choose another workdir"
+            ) from None
+        handle.truncate(0)
+        handle.write(str(os.getpid()))
+        handle.flush()
+        yield
+
+
+@contextlib.contextmanager
+def atomic(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary path beside `path` and renames it to `path` once the block ends without an error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.partial")
+    yield temporary
+    os.replace(temporary, path)
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    with atomic(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+    """Writes sorted, indented JSON; non-ASCII stays readable."""
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def read_json(path: pathlib.Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); delete its directory and run again") from error
+
+
+def digest(*parts: Any) -> str:
+    """SHA-256 of the canonical JSON of `parts`."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def file_digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _input_digests(workdir: pathlib.Path, files: tuple[pathlib.Path, ...]) -> dict[str, str]:
+    """SHA-256 of each input file, read again only when its size or modification time changed."""
+    cache_path = workdir / ".input_hashes.json"
+    cache = read_json(cache_path) or {}
+    digests = {}
+    for path in files:
+        stat = path.stat()
+        key, stamp = str(path.resolve()), [stat.st_size, stat.st_mtime_ns]
+        if cache.get(key, [None])[0] != stamp:
+            cache[key] = [stamp, file_digest(path)]
+        digests["/".join(path.parts[-2:])] = cache[key][1]
+    write_json(cache_path, cache)
+    return digests
+
+
+def _promise(stage: Stage, workdir: pathlib.Path) -> dict[str, Any]:
+    inputs = {need: file_digest(workdir / need / MANIFEST) for need in stage.needs}
+    if stage.files:
+        inputs.update(_input_digests(workdir, stage.files))
+    return {"stage": stage.name, "version": __version__, "settings": stage.settings, "inputs": inputs}
+
+
+def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+    if isinstance(old, Mapping) and isinstance(new, Mapping):
+        return [
+            line
+            for key in sorted({*old, *new})
+            if old.get(key) != new.get(key)
+            for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+        ]
+    if prefix.startswith("inputs."):
+        return [f"{prefix[7:-1]} changed"]
+    return [f"{prefix[:-1].removeprefix('settings.')} was {old!r}, now {new!r}"]
+
+
+def _intact(directory: pathlib.Path, manifest: Mapping[str, Any]) -> bool:
+    for name, (size, _) in manifest["files"].items():
+        path = directory / name
+        if not path.is_file() or path.stat().st_size != size:
+            return False
+    return True
+
+
+def _written(stage: Stage, directory: pathlib.Path) -> dict[str, list]:
+    paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (MANIFEST, PLAN))
+    kept = [p for p in paths if not any(p.relative_to(directory).match(pattern) for pattern in stage.volatile)]
+    return {str(p.relative_to(directory)): [p.stat().st_size, file_digest(p)] for p in kept}
+
+
+def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Callable[[str], None]) -> None:
+    """Runs `stage` unless its manifest says that the same work is already done.
+
+    Unfinished work under the same plan is continued by the stage itself. Changed settings or inputs redo the stage with
+    the reason printed; a precious stage refuses with the list of changes unless `redo`.
+    """
+    directory = workdir / stage.name
+    # a round trip through JSON, so that tuples and numbers compare as they will be read back
+    promise = json.loads(json.dumps(_promise(stage, workdir)))
+    manifest, plan = read_json(directory / MANIFEST), read_json(directory / PLAN)
+    if manifest is not None:
+        changes = _differences({key: manifest.get(key) for key in promise}, promise)
+        if not changes and _intact(directory, manifest):
+            say(f"{stage.name}: up to date")
+            return
+        changes = changes or ["a file of it is missing or has another size"]
+    elif plan is not None and plan != promise:
+        changes = _differences(plan, promise)
+    else:
+        changes = []
+        if plan is not None:
+            say(f"{stage.name}: going on with unfinished work")
+    if changes:
+        reason = "; ".join(changes[:6])
+        if stage.precious and not redo:
+            raise UserError(
+                f"{directory} holds a model trained with other settings or data ({reason}); "
+                "choose another --workdir, or add --redo to train it again"
+            )
+        say(f"{stage.name}: done again, because {reason}")
+        shutil.rmtree(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    write_json(directory / PLAN, promise)
+    counts = stage.run(directory)
+    write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})
+    (directory / PLAN).unlink()
+
+
+def counts_of(workdir: pathlib.Path, name: str) -> Mapping[str, Any]:
+    """The counts that a finished stage recorded."""
+    return read_json(workdir / name / MANIFEST)["counts"]

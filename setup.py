@@ -1,0 +1,48 @@
+"""Packaging. `make quickstart` and `make test` install this into .venv with a constraints file per Python version."""
+
+import pathlib
+import re
+
+from setuptools import find_packages, setup
+
+here = pathlib.Path(__file__).parent
+version = re.search(r'__version__ = "(.+?)"', (here / "jdmdr/__init__.py").read_text()).group(1)
+
+setup(
+    name="jdmdr",
+    version=version,
+    description="Multilingual dense retrievers in JAX, trained on better data",
+    long_description=(here / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["jdmdr", "jdmdr.*"]),
+    python_requires=">=3.11",
+    install_requires=[
+        "absl-py",
+        "bm25s",
+        "faiss-cpu",
+        "flax>=0.12",
+        "grain>=0.2.15",
+        "huggingface-hub",
+        "jax>=0.10,<0.13",
+        "ml-collections>=1.0",
+        "numpy",
+        "optax",
+        "orbax-checkpoint>=0.11",
+        "pytrec-eval-terrier",
+        "safetensors",
+        "sentencepiece",
+        "tabulate",
+        "tensorboardX",
+        "tokenizers",
+        "tqdm",
+        "transformers>=5.12,<6",
+    ],
+    extras_require={
+        "cuda": ["jax[cuda12]", "faiss-gpu-cu12"],
+        "tpu": ["jax[tpu]"],
+        "data": ["tensorflow-datasets"],
+        "llm": ["openai"],
+        "test": ["hypothesis", "pytest", "ruff"],
+    },
+)

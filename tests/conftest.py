@@ -1,0 +1,53 @@
+"""What several tests share: a small data root on disk, and the commands run as a user runs them."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+REPO = pathlib.Path(__file__).parents[1]
+TINYPEDIA = REPO / "third_party" / "tinypedia"
+SHARED = REPO.parent / "shared" / "data"
+
+
+@pytest.fixture
+def command():
+    """Runs `python -m MODULE ...` in a process of its own; `env` adds to the environment."""
+
+    def run(module, *arguments, env=None, timeout=300):
+        return subprocess.run(
+            [sys.executable, "-m", module, *map(str, arguments)],
+            cwd=REPO,
+            env={**os.environ, "JAX_PLATFORMS": "cpu", **(env or {})},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+        )
+
+    return run
+
+
+@pytest.fixture
+def data_root(tmp_path):
+    """A writable copy of two languages of tinypedia, the first 8 articles each."""
+    root = tmp_path / "data"
+    for lang in ("en", "sw"):
+        _copy(TINYPEDIA / "corpus" / f"{lang}.jsonl", root / "corpus" / f"{lang}.jsonl", "docid")
+        _copy(TINYPEDIA / "train" / f"{lang}.jsonl", root / "train" / f"{lang}.jsonl", "query_id")
+        for kind in ("topics", "qrels"):
+            for split in ("train", "dev", "test"):
+                _copy(TINYPEDIA / kind / f"{lang}.{split}.tsv", root / kind / f"{lang}.{split}.tsv", None)
+    return root
+
+
+def _copy(source, target, key):
+    """Keeps the lines of articles 0 to 7: ids are article#passage and article-passage-k."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(source, encoding="utf-8") as lines, open(target, "w", encoding="utf-8") as out:
+        for line in lines:
+            name = json.loads(line)[key] if key else line
+            if int(name.replace("#", "-").split("-")[0]) < 8:
+                out.write(line)

@@ -1,0 +1,46 @@
+import pytest
+
+QUICKSTART = "configs/quickstart.py"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "--config is missing"),
+        (("--config",), "--config is missing"),
+        (("--config", "configs/nope.py", "--workdir", "W"), "configs/nope.py: there is no such file"),
+        (("--config", QUICKSTART), "--workdir is missing"),
+        (("--config", QUICKSTART, "--workdir"), "Missing value for flag --workdir"),
+        (("--config", QUICKSTART, "--workdir", "/proc/none"), "--workdir /proc/none"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.data.rot=x"), "did you mean data.root"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.train=x"), "is a group of keys"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.train.steps=abc"), "--config.train.steps=abc: not a value"),
+        (("--config", QUICKSTART, "--workdir", "W", "--bogus"), "flag 'bogus'"),
+        (("--config", QUICKSTART, "--workdir", "W", "stray"), "'stray' belongs to no flag"),
+        (("--config", QUICKSTART + ":tiny", "--workdir", "W"), "only :smoke may"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.data.root=/none"), "/none"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.data.langs=xx"), "xx"),
+        (("--config", QUICKSTART, "--workdir", "W", "--config.mine.retrievers=colbert"), "mine.retrievers is 'colbert'"),
+    ],
+)
+def test_wrong_command_line_gets_one_sentence_and_exit_code_2(command, tmp_path, arguments, sentence):
+    result = command("jdmdr.pipeline", *[str(tmp_path) if a == "W" else a for a in arguments])
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+    assert sentence in result.stderr
+
+
+@pytest.mark.parametrize(("body", "where"), [("x", "line 1: NameError"), ("(", "line 1: SyntaxError")])
+def test_broken_recipe_is_told_with_file_and_line(command, tmp_path, body, where):
+    path = tmp_path / "broken.py"
+    path.write_text(f"def get_config(): {body}\n")
+    result = command("jdmdr.pipeline", "--config", path, "--workdir", tmp_path / "w")
+    assert result.returncode == 2 and f"{path}, {where}" in result.stderr and "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("module", ["jdmdr.pipeline", "jdmdr.train", "jdmdr.mine"])
+def test_help_shows_the_command_and_every_key(command, module):
+    result = command(module, "--help")
+    assert result.returncode == 0
+    assert f"python -m {module}" in result.stdout and "c.train = training()" in result.stdout

@@ -1,0 +1,101 @@
+import json
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from jdmdr import tokenizer
+from jdmdr.tokenizer import Tokenizer, TokenStore
+from jdmdr.types import UserError
+
+TEXTS = ["The Nile is a river of Africa.", "Mto Nile ni mto wa Afrika.", "ナイル川はアフリカの川である。", "नील नदी अफ्रीका में है।"] * 8
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    path = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.train_unigram(iter(TEXTS), 200, path)
+    return path
+
+
+def test_trained_vocabulary_is_the_same_in_every_process(directory, tmp_path):
+    code = f"from jdmdr import tokenizer, types; import pathlib; tokenizer.train_unigram({TEXTS!r}, 200, pathlib.Path({str(tmp_path)!r}))"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert (tmp_path / "tokenizer.json").read_bytes() == (directory / "tokenizer.json").read_bytes()
+
+
+def test_transformers_reads_the_trained_tokenizer_and_gives_the_same_ids(directory):
+    import transformers
+
+    theirs = transformers.AutoTokenizer.from_pretrained(directory)
+    for text in TEXTS[:4]:
+        assert theirs(text)["input_ids"] == Tokenizer(directory, 64).encode([text])[0].tolist()
+
+
+def test_text_survives_a_round_trip_lower_cased(directory):
+    ids = Tokenizer(directory, 64).encode(["The Nile"])[0]
+    import tokenizers
+
+    assert tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")).decode(ids.tolist()) == "the nile"
+
+
+def test_prompt_stands_before_every_text_and_length_is_cut(directory):
+    plain = Tokenizer(directory, 64)
+    prompted = Tokenizer(directory, 64, "river ")
+    assert np.array_equal(prompted.encode(["africa"])[0], plain.encode(["river africa"])[0])
+    assert len(Tokenizer(directory, 3).encode(["the nile is a river"])[0]) == 3
+
+
+def test_a_word_of_a_million_characters_takes_bounded_time(directory):
+    start = time.time()
+    Tokenizer(directory, 64).encode(["x" * 1_000_000, "ab " * 400_000])
+    assert time.time() - start < 5
+
+
+@pytest.mark.parametrize("vocab_size", [200, 70_000])
+def test_store_gives_back_what_was_written_by_global_row(directory, tmp_path, vocab_size):
+    maker = Tokenizer(directory, 64)
+    maker.vocab_size = vocab_size
+    texts = {"a": TEXTS[:3], "b": [], "c": ["", *TEXTS[3:5]]}
+    for lang, of_lang in texts.items():
+        assert not tokenizer.has_tokens(tmp_path, lang)
+        tokenizer.write_tokens(maker, of_lang, tmp_path, lang)
+    store = TokenStore(tmp_path, list(texts), vocab_size)
+    flat = maker.encode([text for of_lang in texts.values() for text in of_lang])
+    assert len(store) == 6 and store.bases.tolist() == [0, 3, 3, 6]
+    rows = np.array([5, 0, 3])
+    assert store.lengths(rows).tolist() == [len(flat[row]) for row in rows]
+    block = store.gather(rows, 9)
+    for i, row in enumerate(rows):
+        kept = min(9, len(flat[row]))
+        assert block.ids_BxT[i, :kept].tolist() == flat[row][:9].tolist()
+        assert block.mask_BxT[i].tolist() == [1] * kept + [0] * (9 - kept)
+
+
+def test_document_frequency_counts_texts_not_tokens(directory, tmp_path):
+    maker = Tokenizer(directory, 64)
+    texts = ["the the nile", "the river", "nile"]
+    tokenizer.write_tokens(maker, texts, tmp_path, "en")
+    expected = np.zeros(maker.vocab_size, np.int64)
+    for ids in maker.encode(texts):
+        expected[np.unique(ids)] += 1
+    assert np.array_equal(TokenStore(tmp_path, ["en"], maker.vocab_size).document_frequency(maker.vocab_size), expected)
+
+
+def test_too_little_text_is_told_in_one_sentence(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer can be trained"):
+        tokenizer.train_unigram([""], 100, tmp_path)
+
+
+def test_unknown_pretrained_tokenizer_is_told_in_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert"}))
+    with pytest.raises(UserError, match="no tokenizer can be loaded"):
+        tokenizer.copy_pretrained(str(tmp_path), tmp_path / "out")
+
+
+def test_corrupt_tokenizer_file_is_told_by_name(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="tokenizer.json: not a readable tokenizer"):
+        Tokenizer(tmp_path, 8)
