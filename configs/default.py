@@ -23,7 +23,9 @@ def get_config():
     c.data = ConfigDict()
     c.data.root = TINYPEDIA  # directory with corpus/, topics/, qrels/ and perhaps train/ (docs/data.md)
     c.data.langs = ""  # comma-separated; empty: all that are found
-    c.data.valid_share = 0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
+    c.data.valid_share = (
+        0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
+    )
 
     c.tokenizer = ConfigDict()
     c.tokenizer.name = ""  # Hugging Face name or directory; empty: the encoder's own, or one trained on the corpus

@@ -1,6 +1,6 @@
 """The whole of DMDR on the encyclopaedia that ships with the project, from scratch, on a laptop.
 
-    python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
+python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
 """
 
 from configs import default

@@ -28,6 +28,7 @@ class Checkpoints:
     def __init__(self, directory: pathlib.Path):
         keep = [checkpoint_managers.LatestN(n=1), checkpoint_managers.BestN(get_metric_fn=_rank, n=1)]
         options = ocp.CheckpointManagerOptions(
+            best_fn=lambda metrics: metrics["score"],  # without it orbax stores no metrics
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,

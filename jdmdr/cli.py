@@ -85,7 +85,9 @@ def _restart_with_malloc_settings() -> None:
 
 def _flags() -> flags.FlagValues:
     values = flags.FLAGS
-    config_flags.DEFINE_config_file("config", None, "The recipe: a file of configs/, with `:smoke` behind it to shrink it.")
+    config_flags.DEFINE_config_file(
+        "config", None, "The recipe: a file of configs/, with `:smoke` behind it to shrink it."
+    )
     flags.DEFINE_string("workdir", None, "The directory that everything is written to.")
     flags.DEFINE_boolean("redo", False, "Train again even where a model trained with other settings is in the way.")
     return values
@@ -99,7 +101,9 @@ def _parse(values: flags.FlagValues) -> ConfigDict:
         rest = values(sys.argv)
         config = values.config
     except flags.UnrecognizedFlagError as error:
-        raise UserError(f"{error}; --help lists the flags, and keys of the config are set as --config.KEY=VALUE") from error
+        raise UserError(
+            f"{error}; --help lists the flags, and keys of the config are set as --config.KEY=VALUE"
+        ) from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         key = next((key for key in overrides if key in str(error)), None)
         if key is None:
@@ -136,7 +140,9 @@ def _check_config(path: str, overrides: dict[str, str]) -> None:
     if not pathlib.Path(file).is_file():
         recipes = sorted(p.stem for p in CONFIGS.glob("*.py") if p.stem not in ("__init__", "default"))
         found = f"--config {file}: there is no such file" if file else "--config is missing"
-        raise UserError(f"{found}; name a recipe, as in --config configs/quickstart.py (there are: {', '.join(recipes)})")
+        raise UserError(
+            f"{found}; name a recipe, as in --config configs/quickstart.py (there are: {', '.join(recipes)})"
+        )
     known = _flatten(_load(path))
     for key in overrides:
         if key in known:

@@ -62,7 +62,8 @@ class Collection:
         return len(self._passage_offsets) - 1
 
     def passage(self, row: int) -> Passage:
-        start, end = self._passage_offsets[self._valid(row) + np.arange(2)].tolist()
+        row = int(self._valid(row))
+        start, end = self._passage_offsets[row : row + 2].tolist()
         return Passage(**json.loads(self._passages[start:end]))
 
     def docid(self, row: int) -> str:
@@ -154,7 +155,7 @@ def ingest(lang: str, files: LanguageFiles, out_dir: Path) -> IngestReport:
     out_dir.mkdir(parents=True, exist_ok=True)
     _write_passages(lang, files.corpus, out_dir, report)
     for split in sorted({*files.topics, *files.qrels, *([TRAIN] if files.train else [])}):
-        _write_split(split, files, out_dir, report)
+        _write_split(lang, split, files, out_dir, report)
     return report
 
 
@@ -172,12 +173,12 @@ def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestR
                 digests += _digest(passage.docid)
                 report.empty_texts += not passage.text or passage.text.isspace()
             if report.passages == len(docid_ends) - 1:
-                report.warnings.append(f"{path} holds no passages")
+                report.warnings.append(f"{lang}: {path} holds no passages")
             report.passages = len(docid_ends) - 1
     if not report.passages:
         raise UserError(f"the corpus of {lang} holds no passages in {', '.join(map(str, paths))}; fill or remove it")
     if report.empty_texts:
-        report.warnings.append(f"{report.empty_texts} passages of {lang} have an empty text; they are kept")
+        report.warnings.append(f"{lang}: {report.empty_texts} passages have an empty text; they are kept")
     np.save(out_dir / "passages.offsets.npy", np.frombuffer(passage_ends, np.int64))
     np.save(out_dir / "docids.offsets.npy", np.frombuffer(docid_ends, np.int64))
     hashes = np.frombuffer(digests, "<u8")
@@ -190,7 +191,7 @@ def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestR
 
 
 def _refuse_duplicates(firsts: np.ndarray, seconds: np.ndarray, paths: list[Path], collection: Collection) -> None:
-    """Tells equal docids from mere equal hashes among pairs of rows, and names both lines of the earliest repetition."""
+    """Tells equal docids from mere equal hashes among pairs of rows; names both lines of the earliest repetition."""
     for i in np.argsort(seconds):
         docid = collection.docid(seconds[i])
         if collection.docid(firsts[i]) == docid:
@@ -224,18 +225,18 @@ def _map_bytes(path: Path) -> mmap.mmap:
 # ------------------------------------------------------------------------------------------------ queries and judgments
 
 
-def _write_split(split: str, files: LanguageFiles, out_dir: Path, report: IngestReport) -> None:
+def _write_split(lang: str, split: str, files: LanguageFiles, out_dir: Path, report: IngestReport) -> None:
     collection = Collection(out_dir)
     queries = {query.qid: query.text for query in reading.topics(files.topics[split])} if split in files.topics else {}
     judged, conflicts = reading.qrels(files.qrels[split]) if split in files.qrels else ({}, 0)
     if judged and len(_unknown(judged, collection)) == len(_judged_docids(judged)):
         docid = next(iter(_judged_docids(judged)))
-        raise UserError(f"{files.qrels[split]} judges no passage of the corpus {files.corpus[0]} (it names {docid!r}, for "
-                        f"one, and the corpus {collection.docid(0)!r}); put qrels and corpus of one release together")  # fmt: skip
+        raise UserError(f"{files.qrels[split]} judges no passage of the corpus {files.corpus[0]} (its first docid is "
+                        f"{docid!r}, the corpus's {collection.docid(0)!r}); give qrels made for it")  # fmt: skip
 
     def warn(count: int, what: str) -> None:
         if count:
-            report.warnings.append(f"{split}: {count} {what}")
+            report.warnings.append(f"{lang}, {split}: {count} {what}")
 
     dropped = 0
     if split == TRAIN and files.train:
@@ -247,7 +248,7 @@ def _write_split(split: str, files: LanguageFiles, out_dir: Path, report: Ingest
 
     strangers = [qid for qid in judged if qid not in queries]
     dropped += sum(len(judged.pop(qid)) for qid in strangers)
-    warn(len(strangers), f"judged queries have no topic (such as {strangers[:1]}) and are left out")
+    warn(len(strangers), "judged queries have no topic and are left out")
 
     unknown = _unknown(judged, collection)
     report.unknown_docids[split] = sum(docid in unknown for of_query in judged.values() for docid in of_query)

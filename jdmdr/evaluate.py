@@ -15,7 +15,7 @@ import numpy as np
 
 from jdmdr import metrics, progress
 from jdmdr.index.fusion import choose_weight, fuse
-from jdmdr.library import TRAIN, Library, TrainingQuery
+from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
 from jdmdr.mine import BM25, Retriever
 from jdmdr.types import NO_HIT, Hits
 from jdmdr.workdir import write_json
@@ -55,17 +55,19 @@ def evaluate(
         depth = min(config.depth, len(library.collections[index]))
         hits = {name: retrievers(name, lang, split).search(rows, depth) for name in systems}
         hits[HYBRID] = fuse([hits[systems[-1]], hits[BM25]], config.hybrid, [weight, 1 - weight], depth)
-        docids = library.collections[index].docid
+        docid = docid_lookup(library.collections[index], hits.values())
         for name, found in hits.items():
             run_qids = [qids[row] for row in rows]
-            metrics.write_run(out_dir / f"{split}.{name}.{lang}.trec", run_qids, found, _Lookup(docids), name)
-            run = as_run(run_qids, found, docids)
+            metrics.write_run(out_dir / f"{split}.{name}.{lang}.trec", run_qids, found, docid, name)
+            run = as_run(run_qids, found, docid)
             for measure, values in metrics.evaluate_run(qrels, run, MEASURES).items():
                 scores.setdefault(split, {}).setdefault(name, {}).setdefault(measure, {})[lang] = list(values.values())
     for line in sorted(left_out):
         progress.say(f"  {line}: left out")
     table = {
-        split: {"systems": {name: {m: _averages(values) for m, values in of.items()} for name, of in systems_of.items()}}
+        split: {
+            "systems": {name: {m: _averages(values) for m, values in of.items()} for name, of in systems_of.items()}
+        }
         for split, systems_of in scores.items()
     }
     for split, systems_of in scores.items():
@@ -73,7 +75,10 @@ def evaluate(
             for measure in ("ndcg@10", "recall@100"):
                 per_query = {lang: np.array(values) for lang, values in of[measure].items()}
                 low, high = metrics.bootstrap_interval(per_query, seed, config.bootstrap)
-                intervals.setdefault(split, {}).setdefault(name, {})[measure] = [round(low, DECIMALS), round(high, DECIMALS)]
+                intervals.setdefault(split, {}).setdefault(name, {})[measure] = [
+                    round(low, DECIMALS),
+                    round(high, DECIMALS),
+                ]
     write_json(out_dir / "metrics.json", table)
     write_json(out_dir / "intervals.json", intervals)
     return {"hybrid_weight": weight, "splits": sorted(table)}
@@ -99,7 +104,10 @@ def ndcg_by_rows(positives: Sequence[np.ndarray], hits: Hits, langs: Sequence[in
 
 def _averages(values: dict[str, list[float]]) -> dict[str, float]:
     means = {lang: float(np.mean(per_query)) for lang, per_query in values.items()}
-    return {**{lang: round(v, DECIMALS) for lang, v in means.items()}, "avg": round(metrics.macro_average(means), DECIMALS)}
+    return {
+        **{lang: round(v, DECIMALS) for lang, v in means.items()},
+        "avg": round(metrics.macro_average(means), DECIMALS),
+    }
 
 
 def _hybrid_weight(
@@ -130,16 +138,6 @@ def _global(hits: Hits, base: int, depth: int) -> Hits:
     return Hits(
         np.pad(rows_QxK, missing, constant_values=NO_HIT), np.pad(hits.scores_QxK, missing, constant_values=-np.inf)
     )
-
-
-class _Lookup:
-    """`docids[row]` through a function."""
-
-    def __init__(self, docid: Callable[[int], str]):
-        self._docid = docid
-
-    def __getitem__(self, row: int) -> str:
-        return self._docid(int(row))
 
 
 if __name__ == "__main__":

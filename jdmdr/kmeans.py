@@ -20,9 +20,9 @@ def spherical_kmeans(vectors_NxD: np.ndarray, k: int, seed: int, iterations: int
     vectors or clusters.
     """
     if k < 1:
-        raise UserError(f'the number of clusters is {k}: give at least 1')
+        raise UserError(f"the number of clusters is {k}: give at least 1")
     if not len(vectors_NxD):
-        raise UserError('k-means got no vectors: embed some passages first')
+        raise UserError("k-means got no vectors: embed some passages first")
     lengths_N = _lengths(vectors_NxD)
     centroids_kxD = _plus_plus(vectors_NxD, lengths_N, k, np.random.default_rng(seed))
     previous_N = None
@@ -36,8 +36,8 @@ def spherical_kmeans(vectors_NxD: np.ndarray, k: int, seed: int, iterations: int
             members_kxN = (labels_N[rows] == np.arange(k)[:, None]) / lengths_N[rows]
             sums_kxD += members_kxN @ chunk_NxD
         empty = np.flatnonzero(np.bincount(labels_N, minlength=k) == 0)
-        farthest = np.argsort(cosines_N, kind='stable')[:len(empty)]
-        sums_kxD[empty[:len(farthest)]] = vectors_NxD[farthest]
+        farthest = np.argsort(cosines_N, kind="stable")[: len(empty)]
+        sums_kxD[empty[: len(farthest)]] = vectors_NxD[farthest]
         norms_k = np.linalg.norm(sums_kxD, axis=1)
         moved = norms_k > 0  # a cluster whose vectors cancel out keeps its centroid
         centroids_kxD[moved] = sums_kxD[moved] / norms_k[moved, None]
@@ -59,12 +59,13 @@ def _lengths(vectors_NxD: np.ndarray) -> np.ndarray:
     """L2 norms, 1 for a zero vector: its cosine to everything is 0."""
     lengths_N = np.empty(len(vectors_NxD), np.float32)
     for rows, chunk_NxD in _chunks(vectors_NxD):
-        lengths_N[rows] = np.sqrt(np.einsum('nd,nd->n', chunk_NxD, chunk_NxD))
+        lengths_N[rows] = np.sqrt(np.einsum("nd,nd->n", chunk_NxD, chunk_NxD))
     return np.where(lengths_N > 0, lengths_N, 1)
 
 
-def _nearest(vectors_NxD: np.ndarray, lengths_N: np.ndarray,
-             centroids_kxD: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _nearest(
+    vectors_NxD: np.ndarray, lengths_N: np.ndarray, centroids_kxD: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
     """(label, cosine) of the nearest centroid of every vector."""
     labels_N = np.empty(len(vectors_NxD), np.int32)
     cosines_N = np.empty(len(vectors_NxD), np.float32)
@@ -83,9 +84,9 @@ def _plus_plus(vectors_NxD: np.ndarray, lengths_N: np.ndarray, k: int, rng: np.r
     row = int(rng.integers(count))
     for i in range(k):
         centroids_kxD[i] = vectors_NxD[row].astype(np.float32) / lengths_N[row]
-        _, cosines_N = _nearest(vectors_NxD, lengths_N, centroids_kxD[i:i + 1])
+        _, cosines_N = _nearest(vectors_NxD, lengths_N, centroids_kxD[i : i + 1])
         # Rounding leaves about 1e-7 between equal directions: they must not be drawn again.
         distances_N = np.minimum(distances_N, np.where(cosines_N > 1 - 1e-6, 0, 1 - cosines_N))
         total_N = distances_N.cumsum()
-        row = min(int(np.searchsorted(total_N, rng.random() * total_N[-1], side='right')), count - 1)
+        row = min(int(np.searchsorted(total_N, rng.random() * total_N[-1], side="right")), count - 1)
     return centroids_kxD

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from jdmdr.corpus import Collection, article, read_qrels, read_queries, splits
 from jdmdr.hashing import stable_hash
+from jdmdr.types import NO_HIT, Hits
 
 TRAIN = "train"
 
@@ -84,6 +85,13 @@ class Library:
     def _rows(self, lang: int, docids: Sequence[str]) -> np.ndarray:
         rows = self.collections[lang].rows(docids)
         return rows[rows >= 0] + self.bases[lang]
+
+
+def docid_lookup(collection: Collection, lists: Iterable[Hits]) -> Callable[[int], str]:
+    """row -> docid for the rows of these hits, read once: runs repeat the same passages many times."""
+    found = np.unique(np.concatenate([hits.rows_QxK.ravel() for hits in lists]))
+    found = found[found != NO_HIT]
+    return dict(zip(found.tolist(), collection.docids(found), strict=True)).__getitem__
 
 
 def _held_out(articles: Sequence[str], share: float, seed: int) -> set[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pytrec_eval
@@ -15,11 +15,12 @@ from jdmdr.types import NO_HIT, Hits, UserError
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 Run = dict[str, dict[str, float]]  # qid -> docid -> score
 
-_TREC_NAMES = {'ndcg': 'ndcg_cut_{}', 'recall': 'recall_{}', 'mrr': 'recip_rank'}
+_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "recall": "recall_{}", "mrr": "recip_rank"}
 
 
-def evaluate_run(qrels: Qrels, run: Run,
-                 measures: Sequence[str] = ('ndcg@10', 'recall@100', 'mrr@10', 'map')) -> dict[str, dict[str, float]]:
+def evaluate_run(
+    qrels: Qrels, run: Run, measures: Sequence[str] = ("ndcg@10", "recall@100", "mrr@10", "map")
+) -> dict[str, dict[str, float]]:
     """{measure: {qid: value}} by trec_eval (pytrec_eval), for every query of the qrels.
 
     The mean of the values is that of `trec_eval -c`: a query absent from the run counts 0, and so does one without a
@@ -32,12 +33,12 @@ def evaluate_run(qrels: Qrels, run: Run,
     scores = {qid: {docid: float(score) for docid, score in run.get(qid, {}).items()} for qid in qrels}
     values = {}
     for measure in measures:
-        match = re.fullmatch(r'(ndcg|recall|mrr)@([1-9]\d*)|map', measure)
+        match = re.fullmatch(r"(ndcg|recall|mrr)@([1-9]\d*)|map", measure)
         if not match:
-            raise UserError(f'measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k and map, such as ndcg@10')
+            raise UserError(f"measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k and map, such as ndcg@10")
         kind, depth = match.groups()
-        name = _TREC_NAMES[kind].format(depth) if kind else 'map'
-        ranked = {qid: _cut(hits, int(depth)) for qid, hits in scores.items()} if kind == 'mrr' else scores
+        name = _TREC_NAMES[kind].format(depth) if kind else "map"
+        ranked = {qid: _cut(hits, int(depth)) for qid, hits in scores.items()} if kind == "mrr" else scores
         results = pytrec_eval.RelevanceEvaluator(qrels, {name}).evaluate(ranked)
         values[measure] = {qid: results[qid][name] for qid in qrels}
     return values
@@ -54,8 +55,9 @@ def macro_average(means: Mapping[str, float]) -> float:
     return float(np.mean(list(means.values())))
 
 
-def bootstrap_interval(per_query: Mapping[str, np.ndarray], seed: int, samples: int = 1000,
-                       level: float = 0.95) -> tuple[float, float]:
+def bootstrap_interval(
+    per_query: Mapping[str, np.ndarray], seed: int, samples: int = 1000, level: float = 0.95
+) -> tuple[float, float]:
     """The percentile bootstrap interval (Efron 1979) of the macro average over languages.
 
     `per_query[lang]` holds one value a query; queries are drawn with replacement within each language.
@@ -69,44 +71,48 @@ def bootstrap_interval(per_query: Mapping[str, np.ndarray], seed: int, samples: 
     return float(low), float(high)
 
 
-def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docids: Sequence[str], tag: str) -> None:
+def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docid: Callable[[int], str], tag: str) -> None:
     """Writes hits of one language as a TREC run, `qid Q0 docid rank score tag`, ranks from 1, by an atomic rename.
 
-    `docids[row]` names a row. Nine digits keep float32 scores exact, so another reader sees our order; among equal
+    `docid(row)` names a row. Nine digits keep float32 scores exact, so another reader sees our order; among equal
     scores the rank is ours (lower row first), while trec_eval ignores ranks and puts the higher docid first.
     """
-    partial = f'{os.fspath(path)}.partial'
-    with open(partial, 'w', encoding='utf-8') as file:
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
         for qid, rows_K, scores_K in zip(qids, hits.rows_QxK.tolist(), hits.scores_QxK.tolist(), strict=True):
             for rank, (row, score) in enumerate(zip(rows_K, scores_K, strict=True), 1):
                 if row == NO_HIT:
                     break
-                fields = [qid, 'Q0', docids[row], str(rank), f'{score:.9g}', tag]
+                fields = [qid, "Q0", docid(row), str(rank), f"{score:.9g}", tag]
                 if any(len(field.split()) != 1 for field in fields):
-                    raise UserError(f'{path}: the ids {qid!r}, {docids[row]!r} and the tag {tag!r} must be free of '
-                                    'blanks in a TREC run: rename them')
-                file.write(' '.join(fields) + '\n')
+                    raise UserError(
+                        f"{path}: the ids {qid!r}, {docid(row)!r} and the tag {tag!r} must be free of "
+                        "blanks in a TREC run: rename them"
+                    )
+                file.write(" ".join(fields) + "\n")
     os.replace(partial, path)
 
 
 def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}} of a TREC run; raises `UserError` with the line on a malformed one or a repeated docid."""
     run: dict[str, dict[str, float]] = {}
-    with open(path, encoding='utf-8') as file:
+    with open(path, encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             fields = line.split()
             if len(fields) != 6:
-                raise UserError(f'{path}, line {number}: found {len(fields)} fields instead of the 6 of a TREC run, '
-                                'qid Q0 docid rank score tag')
+                raise UserError(
+                    f"{path}, line {number}: found {len(fields)} fields instead of the 6 of a TREC run, "
+                    "qid Q0 docid rank score tag"
+                )
             qid, _, docid, _, score, _ = fields
             try:
                 value = float(score)
             except ValueError:
                 value = math.nan
             if not math.isfinite(value):
-                raise UserError(f'{path}, line {number}: the score is {score!r}, give a finite number')
+                raise UserError(f"{path}, line {number}: the score is {score!r}, give a finite number")
             hits = run.setdefault(qid, {})
             if docid in hits:
-                raise UserError(f'{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line')
+                raise UserError(f"{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line")
             hits[docid] = value
     return run

@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdmdr import encode, metrics
+from jdmdr.corpus import Collection
 from jdmdr.index import make_searcher
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.index.fusion import Rescore, dense_rescore, fuse
-from jdmdr.library import Library, TrainingQuery
+from jdmdr.library import Library, TrainingQuery, docid_lookup
 from jdmdr.types import NO_HIT, Hits, UserError
 
 BM25 = "bm25"
@@ -73,22 +74,23 @@ class Mined(NamedTuple):
 
 def mine_language(
     queries: Sequence[TrainingQuery], rows: np.ndarray, base: int, retrievers: dict[str, Retriever], config: Any,
-    docids: Any, lang: str, out_dir: pathlib.Path,
+    collection: Collection, lang: str, out_dir: pathlib.Path,
 ) -> Mined:  # fmt: skip
     """Mines one language and writes its runs and candidates to `out_dir`.
 
     Args:
       queries: its training queries; `rows` are their rows among the split's queries.
       base: global row of the collection's first passage.
-      docids: row -> docid.
     """
     most_positives = max(len(q.positives) for q in queries)
     depth = config.depth + most_positives
     lists = {name: retriever.search(rows, depth) for name, retriever in retrievers.items()}
     rescore = [r.rescore(rows) if r.rescore else None for r in retrievers.values()]
     fused = fuse(list(lists.values()), config.fusion, config.weights or [1.0] * len(lists), depth, rescore)
-    for name, hits in {**lists, "ensemble": fused}.items():
-        metrics.write_run(out_dir / f"{lang}.{name}.trec", [q.qid for q in queries], hits, docids, name)
+    runs = {**lists, "ensemble": fused}
+    docid = docid_lookup(collection, runs.values())
+    for name, hits in runs.items():
+        metrics.write_run(out_dir / f"{lang}.{name}.trec", [q.qid for q in queries], hits, docid, name)
     positives = [q.positives - base for q in queries]
     candidates = _without(fused, positives, config.depth)
     dense = next((r for r in rescore if r), None)
@@ -140,8 +142,9 @@ def mine(
         if queries:
             rows = np.array([q.row - first_row for q in queries])
             collection = library.collections[index]
-            docids = _Docids(collection)
-            mined = mine_language(queries, rows, int(library.bases[index]), retrievers(lang), config, docids, lang, out_dir)
+            mined = mine_language(
+                queries, rows, int(library.bases[index]), retrievers(lang), config, collection, lang, out_dir
+            )
             counts[lang] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
         first_row += len(library.queries(lang, "train")[0])
     if not counts:
@@ -150,16 +153,6 @@ def mine(
             "topics/{lang}.train.tsv with qrels/{lang}.train.tsv"
         )
     return counts
-
-
-class _Docids:
-    """`docids[row]` over a collection."""
-
-    def __init__(self, collection: Any):
-        self._collection = collection
-
-    def __getitem__(self, row: int) -> str:
-        return self._collection.docid(int(row))
 
 
 if __name__ == "__main__":

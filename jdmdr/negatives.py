@@ -70,7 +70,9 @@ def select(
     return out, counts
 
 
-def _fill(out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, size: int, seed: int):
+def _fill(
+    out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, size: int, seed: int
+):
     rows_N = out.rows_QxN[q]
     place = int((rows_N != NO_HIT).sum())
     taken = {*rows_N[:place].tolist(), *positives.tolist()}
@@ -110,7 +112,9 @@ def read(directory: pathlib.Path, lang: str) -> tuple[list[str], Negatives]:
     if not path.exists():
         empty = np.zeros((0, 0))
         return [], Negatives(empty, empty, empty, empty)
-    arrays = (np.load(directory / f"{lang}.{field}.npy", mmap_mode="r") for field in ("rows", "rank", "score", "source"))
+    arrays = (
+        np.load(directory / f"{lang}.{field}.npy", mmap_mode="r") for field in ("rows", "rank", "score", "source")
+    )
     return path.read_text(encoding="utf-8").split("\n")[:-1], Negatives(*arrays)
 
 

@@ -174,7 +174,9 @@ class Recipe:
             work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in splits}
             for name, (side, texts) in work.items():
                 if not tokenizer.has_tokens(out_dir / name, lang):
-                    counts[f"{name} {lang}"] = tokenizer.write_tokens(self._tokenizer(side), texts, out_dir / name, lang)
+                    counts[f"{name} {lang}"] = tokenizer.write_tokens(
+                        self._tokenizer(side), texts, out_dir / name, lang
+                    )
         return counts
 
     def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
@@ -212,12 +214,16 @@ class Recipe:
 
         return models.load(self.directory / stage)
 
-    def _run_training(self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, sets: Any, topics: int):
+    def _run_training(
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, sets: Any, topics: int
+    ):
         from jdmdr import encoders, models, objectives, sources, train, validate
 
         c = self.config
         if section.objective.name not in objectives.OBJECTIVES:
-            raise UserError(f"objective.name is {section.objective.name!r}; there are {', '.join(objectives.OBJECTIVES)}")
+            raise UserError(
+                f"objective.name is {section.objective.name!r}; there are {', '.join(objectives.OBJECTIVES)}"
+            )
         encoder = encoders.build(encoder_config)
         lengths = c.encoder.query_length, c.encoder.passage_length
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
@@ -347,7 +353,13 @@ class Recipe:
             return self._retriever(system, lang, split, "exact")
 
         return evaluate.evaluate(
-            self.library, self.training, systems, functools.cache(retriever), self.config.evaluate, self.config.seed, out_dir
+            self.library,
+            self.training,
+            systems,
+            functools.cache(retriever),
+            self.config.evaluate,
+            self.config.seed,
+            out_dir,
         )
 
     def export(self, out_dir: pathlib.Path) -> dict[str, Any]:

@@ -133,8 +133,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise bad_line(path, number, f"not valid JSON ({error.msg} at column {error.colno}); "
-                                         "write one JSON object a line, control characters escaped") from error  # fmt: skip
+            raise bad_line(path, number, f"not valid JSON ({error.msg}, column {error.colno}); write one object "
+                                         "a line, with control characters escaped") from error  # fmt: skip
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
             raise bad_line(path, number, f"JSON that cannot be read ({error}); shorten the value") from error
         if type(row) is not dict:
@@ -163,9 +163,9 @@ def _id(row: dict[str, Any], key: str, path: Path, number: int) -> str:
 def _check_id(value: str, key: str, path: Path, number: int) -> None:
     """Refuses what would break a TREC file or the C code that scores one."""
     if not value:
-        raise bad_line(path, number, f"{key!r} is empty; give every row an id")
+        raise bad_line(path, number, f"{key!r} is empty; each row needs its own")
     if value.split() != [value] or "\0" in value:
-        raise bad_line(path, number, f"{key!r} is {_short(value)}; an id must hold no white space and no NUL, rename it")
+        raise bad_line(path, number, f"{key!r} is {_short(value)}; an id holds no white space and no NUL, rename it")
 
 
 def _docids(row: dict[str, Any], key: str, path: Path, number: int) -> list[str]:
@@ -181,7 +181,7 @@ def _docids(row: dict[str, Any], key: str, path: Path, number: int) -> list[str]
 def _once(first: dict[str, int], qid: str, key: str, path: Path, number: int) -> None:
     before = first.setdefault(qid, number)
     if before != number:
-        raise bad_line(path, number, f"the {key} {_short(qid)} was used before, in line {before}; give each query its own")
+        raise bad_line(path, number, f"the {key} {_short(qid)} was used before, in line {before}; make it unique")
 
 
 def _short(value: Any) -> str:

@@ -29,7 +29,11 @@ def run_and_print(config: Any, directory: pathlib.Path, flags: Any) -> None:
     metrics, intervals = _figures(directory)
     for split in metrics:
         print(f"\n{split}")
-        print(tabulate(*_table(metrics[split]["systems"], intervals[split], config.name), tablefmt="simple", stralign="right"))
+        print(
+            tabulate(
+                *_table(metrics[split]["systems"], intervals[split], config.name), tablefmt="simple", stralign="right"
+            )
+        )
     print(f"\nreport: {directory / 'report.md'}")
     print(f"metrics: {directory / 'metrics.json'}")
     print(f"model:  {directory / 'export'}")
@@ -59,7 +63,9 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     """Writes `report.md`: tables, training, filter counts, settings."""
     directory, c = recipe.directory, recipe.config
     metrics, intervals = _figures(directory)
-    counts = {stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")}
+    counts = {
+        stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")
+    }
     lines = [f"# {c.name}: report", ""]
     for split in metrics:
         rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
@@ -126,7 +132,9 @@ def export_with_card(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
 
     embedder = encode.Embedder(encoders.build(encoder_config), recipe.mesh, c.encoder.passage_length)
     vectors = embedder.embed(params, recipe.stores.passages, rows)
-    difference = export.check_parity(exported, [prompts["passage"] + t for t in texts], vectors, max_length=c.encoder.passage_length)
+    difference = export.check_parity(
+        exported, [prompts["passage"] + t for t in texts], vectors, max_length=c.encoder.passage_length
+    )
     shutil.copytree(exported, out_dir, dirs_exist_ok=True)
     shutil.rmtree(exported)
     return {"encoder": encoder_config.kind, "parity": "checked" if difference <= 1e-4 else "failed"}
@@ -166,4 +174,3 @@ def _card(recipe: Recipe, encoder_config: Any) -> str:
         rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
         lines += [f"## {split}", "", tabulate(rows, headers, tablefmt="github", stralign="right"), ""]
     return "\n".join(lines)
-

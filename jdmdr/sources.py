@@ -9,8 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdmdr import batches, negatives
-from jdmdr.batches import Planner, Ragged, TrainingSet
+from jdmdr.batches import Ragged, TrainingSet
+from jdmdr.cloze import inverse_cloze
 from jdmdr.library import TRAIN, Library, TrainingQuery
+from jdmdr.planner import Planner
 from jdmdr.tokenizer import TokenStore
 from jdmdr.types import NO_HIT, Tokens, UserError
 from jdmdr.weights import make_weights
@@ -101,7 +103,7 @@ def write_cloze(
 
     lang, collection = library.langs[index], library.collections[index]
     chosen = np.sort(np.argsort(hash_array(seed, f"cloze {lang}", np.arange(len(collection))), kind="stable")[:most])
-    texts, rows = batches.inverse_cloze(((int(row), collection.passage(int(row))) for row in chosen), seed)
+    texts, rows = inverse_cloze(((int(row), collection.passage(int(row))) for row in chosen), seed)
     write_text(directory / f"{lang}.tsv", "".join(
         f"{collection.docid(int(row))}\t{' '.join(text.split())}\n" for text, row in zip(texts, rows, strict=True)
     ))  # fmt: skip

@@ -100,8 +100,12 @@ def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"the tokenizer of {name_or_dir!r} has no fast version; convert it to a tokenizer.json first")
-    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a directory without a vocabulary
-        raise UserError(f"no tokenizer can be loaded from {name_or_dir!r} (it has no vocabulary); add its tokenizer.json")
+    if len(tokenizer) <= len(
+        tokenizer.all_special_tokens
+    ):  # what transformers makes of a directory without a vocabulary
+        raise UserError(
+            f"no tokenizer can be loaded from {name_or_dir!r} (it has no vocabulary); add its tokenizer.json"
+        )
     tokenizer.save_pretrained(out_dir)
 
 
@@ -113,7 +117,9 @@ class Tokenizer:
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the backend raises bare Exception
-            raise UserError(f"{path}: not a readable tokenizer ({error}); delete its directory and run again") from error
+            raise UserError(
+                f"{path}: not a readable tokenizer ({error}); delete its directory and run again"
+            ) from error
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self._prompt, self._limit = prompt, max_length * CHARACTERS_PER_TOKEN
@@ -130,14 +136,13 @@ def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.
     width = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     offsets = [np.zeros(1, np.int64)]
     total = 0
-    with atomic(directory / f"{lang}.ids.bin") as path:
-        with open(path, "wb") as handle:
-            for block in _blocks(texts):
-                encoded = tokenizer.encode(block)
-                np.concatenate([*encoded, np.empty(0, np.int32)]).astype(width).tofile(handle)
-                ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
-                offsets.append(ends)
-                total = int(ends[-1])
+    with atomic(directory / f"{lang}.ids.bin") as path, open(path, "wb") as handle:
+        for block in _blocks(texts):
+            encoded = tokenizer.encode(block)
+            np.concatenate([*encoded, np.empty(0, np.int32)]).astype(width).tofile(handle)
+            ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
+            offsets.append(ends)
+            total = int(ends[-1])
     with atomic(directory / f"{lang}.offsets.npy") as path, open(path, "wb") as handle:
         np.save(handle, np.concatenate(offsets))
     return {"texts": sum(map(len, offsets)) - 1, "tokens": total}
@@ -212,4 +217,3 @@ class TokenStore:
 
 def _memmap(path: pathlib.Path, dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
-

@@ -1,6 +1,6 @@
 """Topic labels: spherical k-means over the embeddings of the positives; every passage gets the nearest centroid.
 
-    python -m jdmdr.topics --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+python -m jdmdr.topics --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 """
 
 from __future__ import annotations
@@ -17,7 +17,12 @@ from jdmdr.types import UserError
 
 
 def label(
-    library: Library, training: list[TrainingQuery], embeddings: pathlib.Path, config: Any, seed: int, out_dir: pathlib.Path
+    library: Library,
+    training: list[TrainingQuery],
+    embeddings: pathlib.Path,
+    config: Any,
+    seed: int,
+    out_dir: pathlib.Path,
 ) -> dict[str, Any]:
     """Writes `{lang}.npy`, the topic (uint8) of every passage of a language, and the centroids.
 
@@ -32,11 +37,14 @@ def label(
         for i in range(len(library.langs))
     ]
     vectors = [
-        encode.gather_rows(blocks[i], rows - library.bases[i]) if len(rows) else None for i, rows in enumerate(positives)
+        encode.gather_rows(blocks[i], rows - library.bases[i]) if len(rows) else None
+        for i, rows in enumerate(positives)
     ]
     if config.scope == "dataset":
         everything = np.concatenate([v for v in vectors if v is not None])
-        shared = spherical_kmeans(everything, config.clusters, hashing.stable_hash(seed, "topics") % 2**31, config.iterations)
+        shared = spherical_kmeans(
+            everything, config.clusters, hashing.stable_hash(seed, "topics") % 2**31, config.iterations
+        )
     counts = {}
     for i, lang in enumerate(library.langs):
         if vectors[i] is None:  # a language without training queries needs no topics
@@ -46,7 +54,9 @@ def label(
         else:
             lang_seed = hashing.stable_hash(seed, "topics", lang) % 2**31
             centroids = spherical_kmeans(vectors[i], config.clusters, lang_seed, config.iterations)
-        topics = np.concatenate([assign(np.asarray(block, np.float32), centroids) for block in blocks[i]]).astype(np.uint8)
+        topics = np.concatenate([assign(np.asarray(block, np.float32), centroids) for block in blocks[i]]).astype(
+            np.uint8
+        )
         np.save(out_dir / f"{lang}.npy", topics)
         np.save(out_dir / f"{lang}.centroids.npy", centroids)
         counts[lang] = np.bincount(topics, minlength=config.clusters).tolist()

@@ -147,7 +147,7 @@ class _Log:
                 # the last line may be half-written
                 if line.endswith("}") and json.loads(line)["step"] <= first:
                     kept.append(line + "\n")
-        self._file = open(path, "w", encoding="utf-8")
+        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._file.writelines(kept)
         self._board = tensorboardX.SummaryWriter(str(out_dir / "tensorboard"), purge_step=first, write_to_disk=True)
 

@@ -59,5 +59,7 @@ def _pool(library: Library, lang: int, queries: Sequence[TrainingQuery], size: i
     if stop - base <= size:
         return np.arange(base, stop)
     needed = np.unique(np.concatenate([np.concatenate([q.positives, q.judged]) for q in queries]))
-    others = hashing.rng(seed, "validation pool", library.langs[lang]).choice(int(stop - base), size, replace=False) + base
+    others = (
+        hashing.rng(seed, "validation pool", library.langs[lang]).choice(int(stop - base), size, replace=False) + base
+    )
     return np.unique(np.concatenate([needed, others]))

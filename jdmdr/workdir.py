@@ -51,7 +51,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
     """
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        handle = open(workdir / ".lock", "a+")
+        handle = open(workdir / ".lock", "a+")  # noqa: SIM115 - closed below
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}; name a directory that can be written") from error
     with handle:
@@ -177,8 +177,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
         changes = _differences(plan, promise)
     else:
         changes = []
-        if plan is not None:
-            say(f"{stage.name}: going on with unfinished work")
+        say(f"{stage.name}: going on with unfinished work" if plan is not None else stage.name)
     if changes:
         reason = "; ".join(changes[:6])
         if stage.precious and not redo:

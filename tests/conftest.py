@@ -51,3 +51,14 @@ def _copy(source, target, key):
             name = json.loads(line)[key] if key else line
             if int(name.replace("#", "-").split("-")[0]) < 8:
                 out.write(line)
+
+
+@pytest.fixture
+def library(data_root, tmp_path):
+    """The data root, ingested."""
+    from jdmdr import corpus, datasets
+    from jdmdr.library import Library
+
+    for lang, files in datasets.discover(data_root, "").items():
+        corpus.ingest(lang, files, tmp_path / "corpus" / lang)
+    return Library(tmp_path / "corpus")

@@ -14,13 +14,19 @@ QUICKSTART = "configs/quickstart.py"
         (("--config", QUICKSTART, "--workdir", "/proc/none"), "--workdir /proc/none"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.rot=x"), "did you mean data.root"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.train=x"), "is a group of keys"),
-        (("--config", QUICKSTART, "--workdir", "W", "--config.train.steps=abc"), "--config.train.steps=abc: not a value"),
+        (
+            ("--config", QUICKSTART, "--workdir", "W", "--config.train.steps=abc"),
+            "--config.train.steps=abc: not a value",
+        ),
         (("--config", QUICKSTART, "--workdir", "W", "--bogus"), "flag 'bogus'"),
         (("--config", QUICKSTART, "--workdir", "W", "stray"), "'stray' belongs to no flag"),
         (("--config", QUICKSTART + ":tiny", "--workdir", "W"), "only :smoke may"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.root=/none"), "/none"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.langs=xx"), "xx"),
-        (("--config", QUICKSTART, "--workdir", "W", "--config.mine.retrievers=colbert"), "mine.retrievers is 'colbert'"),
+        (
+            ("--config", QUICKSTART, "--workdir", "W", "--config.mine.retrievers=colbert"),
+            "mine.retrievers is 'colbert'",
+        ),
     ],
 )
 def test_wrong_command_line_gets_one_sentence_and_exit_code_2(command, tmp_path, arguments, sentence):

@@ -10,7 +10,12 @@ from jdmdr import tokenizer
 from jdmdr.tokenizer import Tokenizer, TokenStore
 from jdmdr.types import UserError
 
-TEXTS = ["The Nile is a river of Africa.", "Mto Nile ni mto wa Afrika.", "ナイル川はアフリカの川である。", "नील नदी अफ्रीका में है।"] * 8
+TEXTS = [
+    "The Nile is a river of Africa.",
+    "Mto Nile ni mto wa Afrika.",
+    "ナイル川はアフリカの川である。",
+    "नील नदी अफ्रीका में है।",
+] * 8
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ LAYOUTS = {"plain": plain, "miracl": miracl}
 
 
 def _listing(directory: Path) -> list[Path]:
-    """The visible entries of a directory in natural order (docs-2 before docs-10); none if there is no such directory."""
+    """The visible entries of a directory in natural order (docs-2 before docs-10); none where there is none."""
     if not directory.is_dir():
         return []
     return sorted((path for path in directory.iterdir() if not path.name.startswith(".")), key=_natural)

@@ -59,9 +59,11 @@ class EncoderConfig:
             if getattr(self, key) not in choices:
                 raise UserError(f"encoder.{key} is {getattr(self, key)!r}; choose one of {', '.join(choices)}")
         if self.kind == "static" and self.pooling != "mean":
-            raise UserError(f"encoder.pooling is {self.pooling!r}, but a static encoder can only take the mean; leave it empty")
+            raise UserError(f"encoder.pooling is {self.pooling!r}, but a static encoder takes the mean; leave it empty")
         if self.kind == "transformer" and self.width % self.heads:
-            raise UserError(f"encoder.width is {self.width}, which {self.heads} heads do not divide; change one of the two")
+            raise UserError(
+                f"encoder.width is {self.width}, which {self.heads} heads do not divide; change one of them"
+            )
 
     @property
     def first_position(self) -> int:
@@ -86,7 +88,7 @@ class EncoderConfig:
         try:
             return cls(**values)
         except TypeError as error:
-            raise UserError(f"the encoder's configuration does not fit this version ({error}); make it again") from error
+            raise UserError(f"the encoder's configuration does not fit this version ({error}); train again") from error
 
 
 class Encoder(Protocol):

@@ -1,7 +1,7 @@
 """Dense layer and LayerNorm with hand-written gradients.
 
-XLA's column sums on CPU are slow enough to dominate the gradients of biases and LayerNorm scales; here they are products
-with a row of ones. In bfloat16 the gradients of all parameters are accumulated, and come out, in float32.
+XLA's column sums on CPU are slow enough to dominate the gradients of biases and LayerNorm scales; here they are
+products with a row of ones. In bfloat16 the gradients of all parameters are accumulated, and come out, in float32.
 """
 
 from __future__ import annotations
@@ -67,9 +67,7 @@ def _layer_norm_backward(residuals, g):
     standard = _standardise(x, mean, rstd)
     inner = g * scale
     x_gradient = rstd * (
-        inner
-        - jnp.mean(inner, axis=-1, keepdims=True)
-        - standard * jnp.mean(inner * standard, axis=-1, keepdims=True)
+        inner - jnp.mean(inner, axis=-1, keepdims=True) - standard * jnp.mean(inner * standard, axis=-1, keepdims=True)
     )
     return x_gradient.astype(x.dtype), _column_sum(_rows(g * standard)), _column_sum(_rows(g)), None
 

@@ -1,4 +1,4 @@
-"""The BERT-like transformer encoder: BERT, RoBERTa and XLM-R (Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020).
+"""The transformer encoder: BERT, RoBERTa and XLM-R (Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020).
 
 One implementation for mBERT, mDPR, mE5, BGE-M3, MiniLM and their kin; the families differ in where position ids start.
 """
@@ -87,7 +87,7 @@ class TransformerEncoder:
 
     def init(self, rng: jax.Array) -> Params:
         one = jnp.ones((1, 1), jnp.int32)
-        return Transformer(self.config).init(rng, Tokens(one, one), True)["params"]
+        return jax.jit(Transformer(self.config).init, static_argnums=2)(rng, Tokens(one, one), True)["params"]
 
     def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
         """See `Encoder.apply`.
@@ -97,9 +97,9 @@ class TransformerEncoder:
         """
         c = self.config
         T = tokens.ids_BxT.shape[1]
-        if T > c.usable_positions:
+        if c.usable_positions < T:
             raise UserError(
-                f"a text has {T} tokens, but this encoder has positions for {c.usable_positions}; lower the maximum length"
+                f"a text has {T} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
             )
         tokens = Tokens(*map(jnp.asarray, tokens))
         rngs = None if rng is None else {"dropout": rng}

@@ -12,14 +12,15 @@ import numpy as np
 from jdmdr.filters.rules import Candidates, Context, Filter, rules_from_config
 from jdmdr.types import NO_HIT
 
-__all__ = ['EMPTY', 'KEPT', 'Candidates', 'Context', 'Filter', 'apply_filters', 'counts_table', 'rules_from_config']
+__all__ = ["EMPTY", "KEPT", "Candidates", "Context", "Filter", "apply_filters", "counts_table", "rules_from_config"]
 
 KEPT = -1  # reason of a candidate that passed every filter
 EMPTY = -2  # reason of an empty place
 
 
-def apply_filters(candidates: Candidates, filters: Sequence[Filter],
-                  context: Context) -> tuple[Candidates, np.ndarray, dict[str, int]]:
+def apply_filters(
+    candidates: Candidates, filters: Sequence[Filter], context: Context
+) -> tuple[Candidates, np.ndarray, dict[str, int]]:
     """Runs the filters in order; each sees only what the earlier ones left, still at its own place.
 
     Returns the survivors moved to the front (same shapes, `NO_HIT` behind), reasons_QxK for the places of the input
@@ -36,23 +37,27 @@ def apply_filters(candidates: Candidates, filters: Sequence[Filter],
         reasons_QxK[dropped_QxK] = i
         counts[filter_.name] = int(dropped_QxK.sum())
     kept_QxK = reasons_QxK == KEPT
-    counts['kept'] = int(kept_QxK.sum())
+    counts["kept"] = int(kept_QxK.sum())
 
-    front_QxK = np.argsort(~kept_QxK, axis=1, kind='stable')
+    front_QxK = np.argsort(~kept_QxK, axis=1, kind="stable")
     left_QxK = np.take_along_axis(kept_QxK, front_QxK, 1)
 
     def compact(values_QxK: np.ndarray, empty: float) -> np.ndarray:
         return np.where(left_QxK, np.take_along_axis(values_QxK, front_QxK, 1), np.asarray(empty, values_QxK.dtype))
 
-    kept = Candidates(compact(candidates.rows_QxK, NO_HIT), compact(candidates.scores_QxK, -np.inf),
-                      compact(candidates.threshold_scores_QxK, -np.inf), candidates.positive_score_Q)
+    kept = Candidates(
+        compact(candidates.rows_QxK, NO_HIT),
+        compact(candidates.scores_QxK, -np.inf),
+        compact(candidates.threshold_scores_QxK, -np.inf),
+        candidates.positive_score_Q,
+    )
     return kept, reasons_QxK, counts
 
 
 def counts_table(counts: Mapping[str, int]) -> str:
     """The counts of `apply_filters` as lines of text: rule, candidates dropped, share of all candidates."""
     total = sum(counts.values())
-    width = max(map(len, [*counts, 'candidates']))
-    lines = [f'{"candidates":{width}}  {total:>10,}']
-    lines += [f'{name:{width}}  {count:>10,}  {count / max(total, 1):>6.1%}' for name, count in counts.items()]
-    return '\n'.join(lines)
+    width = max(map(len, [*counts, "candidates"]))
+    lines = [f"{'candidates':{width}}  {total:>10,}"]
+    lines += [f"{name:{width}}  {count:>10,}  {count / max(total, 1):>6.1%}" for name, count in counts.items()]
+    return "\n".join(lines)

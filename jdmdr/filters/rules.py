@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from jdmdr.index.bm25 import tokenize_words
 from jdmdr.types import NO_HIT, UserError
 
 _SHINGLE_WORDS = 3
+_CACHED_PASSAGES = 50_000
 
 
 class Candidates(NamedTuple):
@@ -47,35 +49,42 @@ class Filter(NamedTuple):
 
 # ---------------------------------------------------------------- identity
 
+
 def not_positive() -> Filter:
     """Drops the query's own positives."""
 
     def keep(candidates: Candidates, context: Context) -> np.ndarray:
-        return np.stack([~np.isin(rows_K, positives)
-                         for rows_K, positives in zip(candidates.rows_QxK, context.positive_rows, strict=True)])
+        return np.stack(
+            [
+                ~np.isin(rows_K, positives)
+                for rows_K, positives in zip(candidates.rows_QxK, context.positive_rows, strict=True)
+            ]
+        )
 
-    return Filter('positive', keep)
+    return Filter("positive", keep)
 
 
 def not_near_duplicate(jaccard: float) -> Filter:
     """Drops copies of a positive: the same words, or a Jaccard index of their 3-word shingles >= `jaccard`."""
-    _check('near_duplicate', 0 < jaccard <= 1, jaccard, 'a Jaccard index above 0 and up to 1')
+    _check("near_duplicate", 0 < jaccard <= 1, jaccard, "a Jaccard index above 0 and up to 1")
 
     def keep(candidates: Candidates, context: Context) -> np.ndarray:
+        # Queries share candidates, above all in small collections.
+        shingles_of = functools.lru_cache(_CACHED_PASSAGES)(lambda row: _shingles(context.text(row)))
         kept_QxK = np.ones(candidates.rows_QxK.shape, bool)
         for q, rows_K in enumerate(candidates.rows_QxK):
-            positives = [_shingles(context.text(row)) for row in context.positive_rows[q]]
+            positives = [shingles_of(int(row)) for row in context.positive_rows[q]]
             for place in np.flatnonzero(rows_K != NO_HIT):
-                shingles = _shingles(context.text(int(rows_K[place])))
+                shingles = shingles_of(int(rows_K[place]))
                 kept_QxK[q, place] = all(_jaccard(shingles, positive) < jaccard for positive in positives)
         return kept_QxK
 
-    return Filter('near_duplicate', keep)
+    return Filter("near_duplicate", keep)
 
 
 def _shingles(text: str) -> set[tuple[str, ...]]:
     words = tokenize_words(text)
-    return {tuple(words[i:i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
+    return {tuple(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
 
 
 def _jaccard(a: set, b: set) -> float:
@@ -84,16 +93,17 @@ def _jaccard(a: set, b: set) -> float:
 
 # ---------------------------------------------------------------- rank
 
+
 def after_rank(skip: int) -> Filter:
     """Drops the first `skip` candidates that earlier rules left (TopK shifted by n)."""
-    _check('skip', skip >= 0, skip, 'a number >= 0')
-    return Filter('skip', lambda candidates, context: _ranks(candidates) > skip)
+    _check("skip", skip >= 0, skip, "a number >= 0")
+    return Filter("skip", lambda candidates, context: _ranks(candidates) > skip)
 
 
 def up_to_rank(depth: int) -> Filter:
     """Keeps the first `depth` candidates that earlier rules left."""
-    _check('depth', depth >= 1, depth, 'a number >= 1')
-    return Filter('depth', lambda candidates, context: _ranks(candidates) <= depth)
+    _check("depth", depth >= 1, depth, "a number >= 1")
+    return Filter("depth", lambda candidates, context: _ranks(candidates) <= depth)
 
 
 def _ranks(candidates: Candidates) -> np.ndarray:
@@ -103,37 +113,42 @@ def _ranks(candidates: Candidates) -> np.ndarray:
 
 # ---------------------------------------------------------------- score
 
+
 def below_score(max_score: float) -> Filter:
     """Keeps scores < `max_score` (TopK-Abs)."""
-    return Filter('max_score', lambda candidates, context: ~(candidates.threshold_scores_QxK >= max_score))
+    return Filter("max_score", lambda candidates, context: ~(candidates.threshold_scores_QxK >= max_score))
 
 
 def absolute_margin(margin: float) -> Filter:
     """Keeps scores < s+ - m (TopK-MarginPos)."""
-    _check('absolute_margin', margin >= 0, margin, 'a number >= 0')
-    return _below_threshold('absolute_margin', lambda positive_Q: positive_Q - margin)
+    _check("absolute_margin", margin >= 0, margin, "a number >= 0")
+    return _below_threshold("absolute_margin", lambda positive_Q: positive_Q - margin)
 
 
 def relative_margin(margin: float) -> Filter:
     """Keeps scores < s+ - m |s+|: below the positive whatever the sign of its score."""
-    _check('relative_margin', margin >= 0, margin, 'a number >= 0')
-    return _below_threshold('relative_margin', lambda positive_Q: positive_Q - margin * np.abs(positive_Q))
+    _check("relative_margin", margin >= 0, margin, "a number >= 0")
+    return _below_threshold("relative_margin", lambda positive_Q: positive_Q - margin * np.abs(positive_Q))
 
 
 def percent_of_positive(share: float) -> Filter:
     """Keeps scores < p s+ where s+ > 0 (TopK-PercPos, p = 0.95), and < s+ - (1 - p) |s+| for any sign."""
-    _check('percent_of_positive', 0 < share <= 1, share, 'a share above 0 and up to 1')
-    return _below_threshold('percent_of_positive', lambda positive_Q: positive_Q - (1 - share) * np.abs(positive_Q))
+    _check("percent_of_positive", 0 < share <= 1, share, "a share above 0 and up to 1")
+    return _below_threshold("percent_of_positive", lambda positive_Q: positive_Q - (1 - share) * np.abs(positive_Q))
 
 
 def _below_threshold(name: str, threshold: Callable[[np.ndarray], np.ndarray]) -> Filter:
-    return Filter(name, lambda candidates, context: ~(
-        candidates.threshold_scores_QxK >= threshold(candidates.positive_score_Q)[:, None]))
+    return Filter(
+        name,
+        lambda candidates, context: (
+            ~(candidates.threshold_scores_QxK >= threshold(candidates.positive_score_Q)[:, None])
+        ),
+    )
 
 
 def _check(key: str, valid: bool, value: Any, expected: str) -> None:
     if not valid:
-        raise UserError(f'filters.{key} is {value!r}: give {expected}, or None for off')
+        raise UserError(f"filters.{key} is {value!r}: give {expected}, or None for off")
 
 
 # ---------------------------------------------------------------- from a config
@@ -141,13 +156,13 @@ def _check(key: str, valid: bool, value: Any, expected: str) -> None:
 # In the order of application: what is no candidate at all goes before ranks are counted, and the window before the
 # scores.
 RULES: dict[str, Callable[[Any], Filter]] = {
-    'near_duplicate': not_near_duplicate,
-    'skip': after_rank,
-    'depth': up_to_rank,
-    'max_score': below_score,
-    'absolute_margin': absolute_margin,
-    'relative_margin': relative_margin,
-    'percent_of_positive': percent_of_positive,
+    "near_duplicate": not_near_duplicate,
+    "skip": after_rank,
+    "depth": up_to_rank,
+    "max_score": below_score,
+    "absolute_margin": absolute_margin,
+    "relative_margin": relative_margin,
+    "percent_of_positive": percent_of_positive,
 }
 
 
@@ -158,13 +173,13 @@ def rules_from_config(config: Mapping[str, Any]) -> list[Filter]:
     """
     for key in config:
         if key not in RULES:
-            raise UserError(f'filters.{key} is no filter rule: the rules are {", ".join(RULES)}')
+            raise UserError(f"filters.{key} is no filter rule: the rules are {', '.join(RULES)}")
     rules = [not_positive()]
     for name, rule in RULES.items():
         value = config.get(name)
         if value is None:
             continue
         if isinstance(value, (bool, str)):
-            raise UserError(f'filters.{name} is {value!r}: give a number, or None for off')
+            raise UserError(f"filters.{name} is {value!r}: give a number, or None for off")
         rules.append(rule(value))
     return rules

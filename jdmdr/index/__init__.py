@@ -15,14 +15,14 @@ from jdmdr.types import UserError
 
 # name -> factory(collection, **options); the collection is vector blocks, or texts for bm25.
 SEARCHERS: dict[str, Callable[..., Searcher]] = {
-    'exact': ExactSearcher,
-    'faiss': FaissSearcher,
-    'bm25': Bm25Searcher,
+    "exact": ExactSearcher,
+    "faiss": FaissSearcher,
+    "bm25": Bm25Searcher,
 }
 
 
 def make_searcher(name: str, collection, **options) -> Searcher:
     """The searcher `name` over a collection: vector blocks CixD for 'exact' and 'faiss', texts for 'bm25'."""
     if name not in SEARCHERS:
-        raise UserError(f'index is {name!r}: choose one of {", ".join(SEARCHERS)}')
+        raise UserError(f"index is {name!r}: choose one of {', '.join(SEARCHERS)}")
     return SEARCHERS[name](collection, **options)

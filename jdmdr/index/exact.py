@@ -31,9 +31,9 @@ class ExactSearcher:
         self.firsts = np.cumsum([0, *(len(block) for block in self.blocks)])
         self.dtype = np.result_type(*self.blocks)
         self.mesh = mesh
-        devices = mesh.shape['data']
-        # A small collection is one block without much padding.
-        self.block_rows = -(-min(block_rows, self.collection_rows) // devices) * devices
+        devices = mesh.shape["data"]
+        # A small collection is one block; collections of like size share its compiled shape.
+        self.block_rows = -(-min(block_rows, _power_of_two(self.collection_rows)) // devices) * devices
         self.query_rows = query_rows
 
     def search(self, queries_QxD: np.ndarray, k: int) -> Hits:
@@ -41,29 +41,33 @@ class ExactSearcher:
         queries_QxD = check_queries(queries_QxD, self.width, k)
         k = min(k, self.collection_rows)
         queries = len(queries_QxD)
-        chunk = min(self.query_rows, max(queries, 1))
-        chunks = -(-queries // chunk)
+        chunk = min(self.query_rows, _power_of_two(queries))
+        chunks = _few_sizes(-(-queries // chunk))
         padded = np.zeros((chunks * chunk, self.width), np.float32)
         padded[:queries] = queries_QxD
 
         everywhere = NamedSharding(self.mesh, P())
         q_GxBxD = _put(padded.reshape(chunks, chunk, self.width), everywhere)
-        best = (_put(np.full((chunks, chunk, k), -np.inf, np.float32), everywhere),
-                _put(np.full((chunks, chunk, k), NO_HIT, np.int32), everywhere))
-        by_rows = NamedSharding(self.mesh, P('data'))
+        best = (
+            _put(np.full((chunks, chunk, k), -np.inf, np.float32), everywhere),
+            _put(np.full((chunks, chunk, k), NO_HIT, np.int32), everywhere),
+        )
+        by_rows = NamedSharding(self.mesh, P("data"))
         for first in range(0, self.collection_rows, self.block_rows):
-            # The devices work on the last block while this one is read; waiting then keeps at most two blocks in
-            # memory.
+            # The devices work on the last block while this one is read; waiting keeps at most two in memory.
             block_CxD = jax.make_array_from_callback(
-                (self.block_rows, self.width), by_rows, functools.partial(self._read, first))
+                (self.block_rows, self.width), by_rows, functools.partial(self._read, first)
+            )
             jax.block_until_ready(best)
             best = _merge_block(best, q_GxBxD, block_CxD, first, self.collection_rows, self.mesh)
 
         scores_QxK, rows_QxK = (np.asarray(x).reshape(chunks * chunk, k)[:queries] for x in best)
         if not np.isfinite(scores_QxK).all():
             query, place = np.argwhere(~np.isfinite(scores_QxK))[0]
-            raise UserError(f'row {rows_QxK[query, place]} of the collection scores {scores_QxK[query, place]}: '
-                            'its vector holds NaN or infinity, encode it again')
+            raise UserError(
+                f"row {rows_QxK[query, place]} of the collection scores {scores_QxK[query, place]}: "
+                "its vector holds NaN or infinity, encode it again"
+            )
         return Hits(rows_QxK.astype(np.int64), scores_QxK)
 
     def _read(self, first: int, index: tuple[slice, ...]) -> np.ndarray:
@@ -74,22 +78,32 @@ class ExactSearcher:
         for block, (begin, end) in zip(self.blocks, itertools.pairwise(self.firsts), strict=True):
             low, high = max(start, begin), min(stop, end)
             if low < high:
-                rows_CxD[low - start:high - start] = block[low - begin:high - begin]
+                rows_CxD[low - start : high - start] = block[low - begin : high - begin]
         return rows_CxD
+
+
+def _power_of_two(count: int) -> int:
+    """The smallest that is at least `count`."""
+    return 1 << max(count - 1, 0).bit_length()
+
+
+def _few_sizes(count: int) -> int:
+    """`count` rounded up to a power of two, or to a multiple of 8: few compiled shapes, little wasted work."""
+    return _power_of_two(count) if count <= 8 else -(-count // 8) * 8
 
 
 def _put(array: np.ndarray, sharding: NamedSharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-@functools.partial(jax.jit, static_argnames='mesh')
+@functools.partial(jax.jit, static_argnames="mesh")
 def _merge_block(best, q_GxBxD, block_CxD, first, collection_rows, mesh):
-    """The running top-k (scores, rows; each GxBxK) after one more block, whose row 0 is row `first` of the
-    collection.""" k = best[0].shape[-1]
+    """The running top-k (scores and rows, each GxBxK) after one more block; its row 0 is row `first` of all."""
+    k = best[0].shape[-1]
 
     def on_device(best, q_GxBxD, part_CxD, first, collection_rows):
         part_rows = part_CxD.shape[0]
-        part_first = first + jax.lax.axis_index('data') * part_rows
+        part_first = first + jax.lax.axis_index("data") * part_rows
         part_CxD = part_CxD.astype(jnp.float32)
         inside_C = part_first + jnp.arange(part_rows) < collection_rows
 
@@ -98,9 +112,8 @@ def _merge_block(best, q_GxBxD, block_CxD, first, collection_rows, mesh):
             scores_BxC = jnp.matmul(q_BxD, part_CxD.T, precision=jax.lax.Precision.HIGHEST)
             scores_BxC = jnp.where(inside_C, scores_BxC, -jnp.inf)
             scores_BxK, places_BxK = jax.lax.top_k(scores_BxC, min(k, part_rows))
-            gather = functools.partial(jax.lax.all_gather, axis_name='data', axis=1, tiled=True)
-            # top_k takes the lower position of a tie, and here positions follow rows: the best so far, then device by
-            # device.
+            gather = functools.partial(jax.lax.all_gather, axis_name="data", axis=1, tiled=True)
+            # top_k gives a tie to the lower position, and positions follow rows: the best so far, then each device.
             scores = jnp.concatenate([best_scores_BxK, gather(scores_BxK)], axis=1)
             rows = jnp.concatenate([best_rows_BxK, gather(part_first + places_BxK)], axis=1)
             scores_BxK, places_BxK = jax.lax.top_k(scores, k)
@@ -109,5 +122,7 @@ def _merge_block(best, q_GxBxD, block_CxD, first, collection_rows, mesh):
         return jax.lax.map(merge_chunk, (*best, q_GxBxD))
 
     # Every device ends with the same gathered result, which the replication check cannot see.
-    merge = jax.shard_map(on_device, mesh=mesh, in_specs=(P(), P(), P('data'), P(), P()), out_specs=P(),
-    check_vma=False) return merge(best, q_GxBxD, block_CxD, first, collection_rows)
+    merge = jax.shard_map(
+        on_device, mesh=mesh, in_specs=(P(), P(), P("data"), P(), P()), out_specs=P(), check_vma=False
+    )
+    return merge(best, q_GxBxD, block_CxD, first, collection_rows)

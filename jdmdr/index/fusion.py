@@ -9,7 +9,7 @@ import numpy as np
 
 from jdmdr.types import NO_HIT, Hits, UserError
 
-METHODS = ('rrf', 'zscore', 'minmax')
+METHODS = ("rrf", "zscore", "minmax")
 _RRF_RANKS = 60
 _CHUNK_ENTRIES = 65_536  # (query, row) pairs fused, and rescored, at a time
 
@@ -17,8 +17,9 @@ _CHUNK_ENTRIES = 65_536  # (query, row) pairs fused, and rescored, at a time
 Rescore = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def fuse(hits: Sequence[Hits], method: str, weights: Sequence[float], k: int,
-         rescore: Sequence[Rescore | None] | None = None) -> Hits:
+def fuse(
+    hits: Sequence[Hits], method: str, weights: Sequence[float], k: int, rescore: Sequence[Rescore | None] | None = None
+) -> Hits:
     """The best k rows of the union of several systems' hits for the same queries.
 
     rrf: sum over the systems of w_m / (60 + rank), ranks from 1, absent adds 0 (Cormack et al. 2009).
@@ -30,7 +31,7 @@ def fuse(hits: Sequence[Hits], method: str, weights: Sequence[float], k: int,
     union stay empty. Raises `UserError` on an unknown method and on weights that do not fit the systems.
     """
     if method not in METHODS:
-        raise UserError(f'fusion is {method!r}: choose one of {", ".join(METHODS)}')
+        raise UserError(f"fusion is {method!r}: choose one of {', '.join(METHODS)}")
     weights = _checked_weights(weights, len(hits))
     rescore = rescore or [None] * len(hits)
     queries = len(hits[0].rows_QxK)
@@ -39,10 +40,11 @@ def fuse(hits: Sequence[Hits], method: str, weights: Sequence[float], k: int,
     chunk = max(1, _CHUNK_ENTRIES // sum(h.rows_QxK.shape[1] for h in hits))
     for start in range(0, queries, chunk):
         query_N, row_N, ranks_MxN, lists_MxN = _union(
-            [Hits(h.rows_QxK[start:start + chunk], h.scores_QxK[start:start + chunk]) for h in hits])
+            [Hits(h.rows_QxK[start : start + chunk], h.scores_QxK[start : start + chunk]) for h in hits]
+        )
         if not len(query_N):
             continue
-        if method == 'rrf':
+        if method == "rrf":
             score_N = weights @ (1 / (_RRF_RANKS + ranks_MxN))
         else:
             firsts = np.flatnonzero(np.diff(query_N, prepend=-1))  # where each query's rows begin
@@ -88,7 +90,7 @@ def _normalised(score_N: np.ndarray, firsts: np.ndarray, method: str) -> np.ndar
     rows = len(score_N)
     lowest = np.minimum.reduceat(score_N, firsts)
     spread = np.maximum.reduceat(score_N, firsts) - lowest
-    if method == 'minmax':
+    if method == "minmax":
         centre, width = lowest, spread
     else:
         counts = np.diff(firsts, append=rows)
@@ -107,7 +109,7 @@ def dense_rescore(queries_QxD: np.ndarray, blocks: Sequence[np.ndarray]) -> Resc
         for block, (first, end) in zip(blocks, itertools.pairwise(firsts), strict=True):
             inside = (row_N >= first) & (row_N < end)
             rows_NxD = block[row_N[inside] - first].astype(np.float32)
-            score_N[inside] = np.einsum('nd,nd->n', queries_QxD[query_N[inside]].astype(np.float32), rows_NxD)
+            score_N[inside] = np.einsum("nd,nd->n", queries_QxD[query_N[inside]].astype(np.float32), rows_NxD)
         return score_N
 
     return rescore
@@ -122,8 +124,10 @@ def inverse_sigma_weights(scores: Sequence[np.ndarray]) -> np.ndarray:
     """
     sigmas = np.array([np.std(s[np.isfinite(s)], dtype=np.float64) if np.isfinite(s).any() else 0 for s in scores])
     if not (sigmas > 0).all():
-        raise UserError(f'system {int(np.argmin(sigmas))} of the ensemble gives every passage the same score: '
-                        'check its embeddings or leave it out')
+        raise UserError(
+            f"system {int(np.argmin(sigmas))} of the ensemble gives every passage the same score: "
+            "check its embeddings or leave it out"
+        )
     return (1 / sigmas) / (1 / sigmas).sum()
 
 
@@ -142,8 +146,9 @@ def concat_vectors(vectors: Sequence[np.ndarray], weights: Sequence[float]) -> n
     return np.concatenate(parts, axis=1)
 
 
-def choose_weight(dense: Hits, lexical: Hits, metric: Callable[[Hits], float], method: str,
-                  grid: Sequence[float]) -> float:
+def choose_weight(
+    dense: Hits, lexical: Hits, metric: Callable[[Hits], float], method: str, grid: Sequence[float]
+) -> float:
     """The weight w in `grid` whose hybrid, w dense + (1 - w) lexical, has the best `metric` on validation queries.
 
     Ties go to the weight closest to 0.5, then to the lower one.
@@ -155,8 +160,9 @@ def choose_weight(dense: Hits, lexical: Hits, metric: Callable[[Hits], float], m
 def _checked_weights(weights: Sequence[float], systems: int) -> np.ndarray:
     weights = np.asarray(weights, np.float64)
     if weights.shape != (systems,):
-        raise UserError(f'fusion weights are {weights.tolist()} but {systems} systems are fused: '
-                        'give one weight a system')
+        raise UserError(
+            f"fusion weights are {weights.tolist()} but {systems} systems are fused: give one weight a system"
+        )
     if not (np.isfinite(weights).all() and (weights >= 0).all() and weights.any()):
-        raise UserError(f'fusion weights are {weights.tolist()}: give numbers >= 0, not all of them 0')
+        raise UserError(f"fusion weights are {weights.tolist()}: give numbers >= 0, not all of them 0")
     return weights

@@ -101,7 +101,7 @@ def contrastive_loss(
         "unweighted_loss": unweighted,
         "accuracy_at_1": (target_B > jnp.where(is_negative_BxN, scores_BxN, -jnp.inf).max(axis=1)).mean(),
         "positive_score": target_B.mean() * temperature,
-        "masked_fraction": 1.0 - is_negative_BxN.sum() / max(B * (N - 1), 1),
+        "masked_fraction": (B * (N - 1) - is_negative_BxN.sum()) / max(B * (N - 1), 1),
     }
     return loss, jax.lax.stop_gradient(metrics)
 

@@ -1,0 +1,237 @@
+"""Transformer checkpoints in the Hugging Face layout, read and written without torch."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from jdmdr.encoders.config import EncoderConfig, Params
+from jdmdr.types import UserError
+
+ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+ACTIVATIONS = {
+    "gelu": "gelu",
+    "gelu_python": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+# Our field for each key of config.json that is a plain number.
+CONFIG_KEYS = {
+    "vocab_size": "vocab_size",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "ffn",
+    "max_position_embeddings": "max_positions",
+    "type_vocab_size": "type_vocab",
+    "layer_norm_eps": "layer_norm_eps",
+    "pad_token_id": "pad_token_id",
+    "hidden_dropout_prob": "hidden_dropout",
+    "attention_probs_dropout_prob": "attention_dropout",
+}
+# What transformers leaves out of config.json because it is the default of all three families.
+CONFIG_DEFAULTS = {
+    "type_vocab_size": 2,
+    "layer_norm_eps": 1e-12,
+    "hidden_dropout_prob": 0.1,
+    "attention_probs_dropout_prob": 0.1,
+    "hidden_act": "gelu",
+}
+ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+PAD_DEFAULTS = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
+
+# Our module name on the left, the checkpoint's on the right.
+TABLES = {"word": "word_embeddings", "position": "position_embeddings", "type": "token_type_embeddings"}
+LAYER_DENSE = {
+    "attention/query": "attention.self.query",
+    "attention/key": "attention.self.key",
+    "attention/value": "attention.self.value",
+    "attention/output": "attention.output.dense",
+    "ffn_in": "intermediate.dense",
+    "ffn_out": "output.dense",
+}
+LAYER_NORM = {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"}
+
+PREFIX = re.compile(r"^(bert|roberta)\.")
+# Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
+NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(position_ids|token_type_ids)$)")
+OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def tensor_names(layers: int) -> Iterator[tuple[str, str, bool]]:
+    """(our slash-joined path, the checkpoint's tensor name, whether it is stored transposed) of every parameter."""
+    for ours, theirs in TABLES.items():
+        yield f"embeddings/{ours}", f"embeddings.{theirs}.weight", False
+    norms = {"embeddings/norm": "embeddings.LayerNorm"}
+    for i in range(layers):
+        for ours, theirs in LAYER_DENSE.items():
+            yield f"layer_{i}/{ours}/kernel", f"encoder.layer.{i}.{theirs}.weight", True
+            yield f"layer_{i}/{ours}/bias", f"encoder.layer.{i}.{theirs}.bias", False
+        norms |= {f"layer_{i}/{ours}": f"encoder.layer.{i}.{theirs}" for ours, theirs in LAYER_NORM.items()}
+    for ours, theirs in norms.items():
+        yield f"{ours}/scale", f"{theirs}.weight", False
+        yield f"{ours}/bias", f"{theirs}.bias", False
+
+
+def read_json_file(path: pathlib.Path) -> Any:
+    """The JSON value of a file that a checkpoint must have.
+
+    Raises:
+      UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; name a directory that holds a complete checkpoint") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is not readable JSON ({error}); fetch the checkpoint again") from error
+
+
+def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderConfig:
+    """The encoder that a checkpoint's config.json describes.
+
+    Raises:
+      UserError: an architecture that jdmdr does not have, or a missing key.
+    """
+    found = read_json_file(path)
+    family = found.get("model_type")
+    if family not in ARCHITECTURES:
+        raise UserError(f"{path}: model_type is {family!r}; only {', '.join(ARCHITECTURES)} can be loaded")
+    values = {**CONFIG_DEFAULTS, "pad_token_id": PAD_DEFAULTS[family], **found}
+    for key, wanted in ONLY.items():
+        if values.get(key, wanted) != wanted:
+            raise UserError(f"{path}: {key} is {values[key]!r}; only {wanted!r} can be loaded")
+    if values["hidden_act"] not in ACTIVATIONS:
+        raise UserError(f"{path}: hidden_act is {values['hidden_act']!r}; only {', '.join(ACTIVATIONS)} can be loaded")
+    missing = [key for key in CONFIG_KEYS if values.get(key) is None]
+    if missing:
+        raise UserError(f"{path}: no {', '.join(missing)}; add what the checkpoint was trained with")
+    original = {key: value for key, value in found.items() if key != "_name_or_path"}  # a path of somebody's machine
+    return EncoderConfig(
+        kind="transformer", family=family, activation=ACTIVATIONS[values["hidden_act"]], pooling=pooling,
+        normalize=normalize, original=original, **{ours: values[key] for key, ours in CONFIG_KEYS.items()},
+    )  # fmt: skip
+
+
+def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
+    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+
+    Raises:
+      UserError: no such file, a missing shard, or a corrupt file.
+    """
+    index = directory / "model.safetensors.index.json"
+    if (directory / "model.safetensors").is_file():
+        files = ["model.safetensors"]
+    elif index.is_file():
+        files = sorted(set(read_json_file(index).get("weight_map", {}).values()))
+    else:
+        raise UserError(
+            f"{directory} holds no model.safetensors; if it has pytorch_model.bin, convert it once with transformers' "
+            "save_pretrained"
+        )
+    tensors: dict[str, np.ndarray] = {}
+    for name in files:
+        path = directory / name
+        try:
+            tensors.update(safetensors.numpy.load_file(path))
+        except FileNotFoundError:
+            raise UserError(f"{path} is missing, but {index.name} names it; fetch the checkpoint again") from None
+        except (safetensors.SafetensorError, OSError) as error:
+            raise UserError(f"{path} is no readable safetensors file ({error}); fetch it again") from error
+    return tensors
+
+
+def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
+    """The encoder's parameters, float32, from a checkpoint directory; strictly one tensor for every parameter.
+
+    Raises:
+      UserError: missing or unexpected tensors, or a wrong shape, by name.
+    """
+    tensors = {}
+    for name, tensor in read_tensors(directory).items():
+        name = PREFIX.sub("", name)
+        for old, new in OLD_NAMES.items():
+            name = name.replace(old, new)
+        if not NOT_OURS.match(name):
+            tensors[name] = tensor
+    names = list(tensor_names(config.layers))
+    expected = {theirs for _, theirs, _ in names}
+    for problem, found in (("lacks", expected - tensors.keys()), ("has unexpected", tensors.keys() - expected)):
+        if found:
+            raise UserError(
+                f"the checkpoint in {directory} {problem} {_some(found)}; it is not the "
+                f"{config.family} encoder of its config.json"
+            )
+    shapes = _shapes(config)
+    params: dict[str, Any] = {}
+    for ours, theirs, transposed in names:
+        tensor = tensors.pop(theirs)
+        tensor = tensor.T if transposed else tensor
+        if tensor.shape != shapes[ours]:
+            raise UserError(
+                f"{theirs} in {directory} has shape {_as_stored(tensor.shape, transposed)}, but its config.json "
+                f"asks for {_as_stored(shapes[ours], transposed)}; the two files do not belong together"
+            )
+        *parents, leaf = ours.split("/")
+        node = params
+        for parent in parents:
+            node = node.setdefault(parent, {})
+        node[leaf] = jnp.asarray(tensor, jnp.float32)
+    return params
+
+
+def _as_stored(shape: tuple[int, ...], transposed: bool) -> tuple[int, ...]:
+    return shape[::-1] if transposed else shape
+
+
+def _some(names: set[str]) -> str:
+    first = ", ".join(sorted(names)[:3])
+    return first if len(names) <= 3 else f"{first} and {len(names) - 3} more"
+
+
+def _shapes(config: EncoderConfig) -> dict[str, tuple[int, ...]]:
+    from jdmdr.encoders.transformer import TransformerEncoder
+
+    tree = jax.eval_shape(TransformerEncoder(config).init, jax.random.key(0))
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {"/".join(entry.key for entry in path): leaf.shape for path, leaf in leaves}
+
+
+def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.Path) -> None:
+    """Writes `config.json` and `model.safetensors` (float32) so that transformers' AutoModel loads them.
+
+    Keys of the config.json that the encoder came from are kept where they still hold.
+    """
+    leaves = {
+        "/".join(entry.key for entry in path): np.asarray(leaf, np.float32)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
+    # safetensors writes the memory of an array that is not contiguous in the wrong order, without an error.
+    tensors = {
+        theirs: np.ascontiguousarray(leaves[ours].T if transposed else leaves[ours])
+        for ours, theirs, transposed in tensor_names(config.layers)
+    }
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    original = {k: v for k, v in (config.original or {}).items() if k != "torch_dtype"}
+    activation = original.get("hidden_act")
+    if ACTIVATIONS.get(activation) != config.activation:
+        activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
+    values = {
+        **original,
+        "architectures": [ARCHITECTURES[config.family]],
+        "model_type": config.family,
+        "hidden_act": activation,
+        "dtype": "float32",
+        **{key: getattr(config, ours) for key, ours in CONFIG_KEYS.items()},
+    }
+    (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")

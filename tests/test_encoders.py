@@ -1,0 +1,201 @@
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jdmdr import encoders
+from jdmdr.encoders import layers, pooling, static
+from jdmdr.encoders.config import EncoderConfig
+from jdmdr.types import Tokens, UserError
+
+TRANSFORMER = EncoderConfig(
+    kind="transformer", family="bert", vocab_size=50, width=16, layers=2, heads=4, ffn=24, max_positions=12,
+    hidden_dropout=0.1, attention_dropout=0.1,
+)  # fmt: skip
+STATIC = EncoderConfig(kind="static", vocab_size=50, width=16)
+TOKENS = Tokens(
+    np.random.default_rng(0).integers(1, 50, (4, 8)).astype(np.int32),
+    (np.arange(8) < np.array([[8], [5], [1], [0]])).astype(np.int32),
+)
+
+
+@pytest.fixture(scope="module", params=[TRANSFORMER, STATIC], ids=lambda c: c.kind)
+def encoder(request):
+    return encoders.build(request.param)
+
+
+def test_config_survives_its_dictionary():
+    config = dataclasses.replace(TRANSFORMER, original={"model_type": "bert"})
+    back = EncoderConfig.from_dict(config.to_dict())
+    assert back == config and back.original == config.original
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"pooling": "max"}, "encoder.pooling"),
+        ({"dtype": "float16"}, "encoder.dtype"),
+        ({"kind": "mlp"}, "encoder.kind"),
+        ({"heads": 3}, "3 heads"),
+        ({"kind": "static", "pooling": "cls"}, "static"),
+    ],
+)
+def test_impossible_configurations_are_refused_by_key(change, named):
+    with pytest.raises(UserError, match=named):
+        dataclasses.replace(TRANSFORMER, **change)
+
+
+def test_unknown_configuration_key_is_refused():
+    with pytest.raises(UserError, match="colour"):
+        EncoderConfig.from_dict({**STATIC.to_dict(), "colour": "blue"})
+
+
+def test_parameters_are_float32_and_depend_on_the_key_alone(encoder):
+    one, same, other = (encoder.init(jax.random.key(seed)) for seed in (0, 0, 1))
+    assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {jnp.dtype("float32")}
+    jax.tree.map(np.testing.assert_array_equal, one, same)
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
+
+
+def test_rows_without_tokens_give_finite_embeddings_and_gradients(encoder):
+    params = encoder.init(jax.random.key(0))
+    for pooling_name in ("cls", "mean", "last") if encoder.config.kind == "transformer" else ("mean",):
+        pooled = encoders.build(dataclasses.replace(encoder.config, pooling=pooling_name))
+        value, gradient = jax.jit(jax.value_and_grad(lambda p, e=pooled: jnp.sum(e.apply(p, TOKENS) ** 3)))(params)
+        assert np.isfinite(value)
+        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+
+
+def test_embeddings_have_unit_length_where_asked(encoder):
+    params = encoder.init(jax.random.key(0))
+    lengths = np.linalg.norm(encoder.apply(params, TOKENS)[:3], axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
+    raw = encoders.build(dataclasses.replace(encoder.config, normalize=False)).apply(params, TOKENS)[:3]
+    assert np.all(np.abs(np.linalg.norm(raw, axis=1) - 1) > 1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_padding_does_not_change_an_embedding(encoder, family):
+    encoder = encoders.build(dataclasses.replace(encoder.config, family=family, pad_token_id=1))
+    params = encoder.init(jax.random.key(0))
+    row = slice(1, 2)  # 5 tokens
+    short = Tokens(TOKENS.ids_BxT[row, :5], TOKENS.mask_BxT[row, :5])
+    padded = Tokens(TOKENS.ids_BxT[row], TOKENS.mask_BxT[row])
+    np.testing.assert_allclose(encoder.apply(params, short), encoder.apply(params, padded), atol=1e-6)
+
+
+def test_tokens_output_pools_to_the_embedding(encoder):
+    params = encoder.init(jax.random.key(0))
+    hidden = np.asarray(encoder.apply(params, TOKENS, "tokens"))
+    assert hidden.shape == (4, 8, 16) and hidden.dtype == np.float32
+    mean = np.stack([h[m > 0].mean(axis=0) for h, m in zip(hidden[:3], TOKENS.mask_BxT[:3], strict=True)])
+    expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
+    np.testing.assert_allclose(encoder.apply(params, TOKENS)[:3], expected, atol=1e-6)
+
+
+def test_dropout_acts_only_where_a_key_is_given():
+    encoder = encoders.build(TRANSFORMER)
+    params = encoder.init(jax.random.key(0))
+    plain, one, same, other = (
+        encoder.apply(params, TOKENS, rng=rng)
+        for rng in (None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
+    )
+    np.testing.assert_array_equal(one, same)
+    assert np.abs(one - plain)[:3].max() > 1e-3 and np.abs(one - other)[:3].max() > 1e-3
+    still = encoders.build(dataclasses.replace(TRANSFORMER, hidden_dropout=0.0, attention_dropout=0.0))
+    np.testing.assert_allclose(still.apply(params, TOKENS, rng=jax.random.key(1)), plain, atol=1e-6)
+
+
+def test_remat_changes_neither_value_nor_gradient():
+    params = encoders.build(TRANSFORMER).init(jax.random.key(0))
+
+    def loss(params, remat):
+        encoder = encoders.build(dataclasses.replace(TRANSFORMER, remat=remat))
+        return jnp.sum(encoder.apply(params, TOKENS, rng=jax.random.key(3))[:3, 0])
+
+    (value, gradient), (expected, expected_gradient) = (
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (True, False)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected_gradient)
+
+
+def test_bfloat16_stays_close_to_float32_and_returns_float32():
+    encoder = encoders.build(TRANSFORMER)
+    params = jax.tree.map(lambda x: x * 4, encoder.init(jax.random.key(0)))
+    half = encoders.build(dataclasses.replace(TRANSFORMER, dtype="bfloat16"))
+
+    def loss(params, encoder):
+        return jnp.sum(encoder.apply(params, TOKENS)[:3] @ jnp.arange(16.0))
+
+    embeddings, expected = (jax.jit(e.apply)(params, TOKENS) for e in (half, encoder))
+    assert embeddings.dtype == jnp.float32
+    assert np.sum(embeddings[:3] * expected[:3], axis=1).min() > 0.999
+    gradient, expected = (jax.jit(jax.grad(loss), static_argnums=1)(params, e) for e in (half, encoder))
+    flat, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (gradient, expected))
+    assert flat.dtype == np.float32
+    assert flat @ expected / np.linalg.norm(flat) / np.linalg.norm(expected) > 0.99
+
+
+def test_texts_longer_than_the_position_table_are_refused():
+    encoder = encoders.build(dataclasses.replace(TRANSFORMER, family="roberta", pad_token_id=1))
+    assert encoder.config.usable_positions == 10
+    long = Tokens(np.ones((1, 11), np.int32), np.ones((1, 11), np.int32))
+    with pytest.raises(UserError, match="11 tokens.* 10;"):
+        encoder.apply(encoder.init(jax.random.key(0)), long)
+
+
+def _plain_dense(x, kernel, bias):
+    return x @ kernel + bias
+
+
+def _plain_layer_norm(x, scale, bias, eps):
+    centred = x - x.mean(axis=-1, keepdims=True)
+    return centred / jnp.sqrt((centred**2).mean(axis=-1, keepdims=True) + eps) * scale + bias
+
+
+@pytest.mark.parametrize(
+    ("ours", "plain", "shapes"),
+    [
+        (layers.dense, _plain_dense, [(3, 5, 8), (8, 6), (6,)]),
+        (
+            lambda *a: layers.layer_norm(*a, 1e-6),
+            lambda *a: _plain_layer_norm(*a, 1e-6),
+            [(3, 5, 8), (8,), (8,)],
+        ),
+    ],
+    ids=["dense", "layer_norm"],
+)
+def test_hand_written_gradients_equal_automatic_ones(ours, plain, shapes):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    args = [jax.random.normal(key, shape) + 0.5 for key, shape in zip(keys, shapes, strict=True)]
+    loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))
+    np.testing.assert_allclose(ours(*args), plain(*args), atol=1e-5)
+    for got, expected in zip(
+        jax.grad(loss(ours), argnums=(0, 1, 2))(*args), jax.grad(loss(plain), argnums=(0, 1, 2))(*args), strict=True
+    ):
+        np.testing.assert_allclose(got, expected, atol=2e-5)
+
+
+def test_pooling_takes_the_tokens_that_its_name_says():
+    hidden = jnp.asarray(np.random.default_rng(1).normal(size=(4, 8, 3)), jnp.float32)
+    mask = jnp.asarray(TOKENS.mask_BxT)
+    np.testing.assert_array_equal(pooling.cls(hidden, mask), hidden[:, 0])
+    np.testing.assert_array_equal(pooling.last(hidden, mask)[:3], hidden[np.arange(3), [7, 4, 0]])
+    np.testing.assert_allclose(pooling.mean(hidden, mask)[1], hidden[1, :5].mean(axis=0), atol=1e-6)
+    np.testing.assert_array_equal(pooling.mean(hidden, mask)[3], 0)
+
+
+def test_static_embedding_is_the_idf_weighted_sum_at_unit_length():
+    idf = np.random.default_rng(2).gamma(2.0, size=50)
+    idf[0] = 0.0
+    params = static.init_from_idf(jax.random.key(0), STATIC, idf)
+    np.testing.assert_allclose(jax.nn.softplus(params["weight"]), np.maximum(idf, 1e-3), rtol=1e-4)
+    got = encoders.build(STATIC).apply(params, TOKENS)
+    for row in range(3):
+        tokens = TOKENS.ids_BxT[row][TOKENS.mask_BxT[row] > 0]
+        total = (idf[tokens][:, None] * np.asarray(params["embedding"])[tokens]).sum(axis=0)
+        np.testing.assert_allclose(got[row], total / np.linalg.norm(total), atol=1e-5)
+    np.testing.assert_array_equal(got[3], 0)

