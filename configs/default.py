@@ -129,7 +129,7 @@ def training():
 def smoke(config, arg):
     """Shrinks `config` for `:smoke`: two languages of tinypedia, the from-scratch encoder, a few steps."""
     if arg not in ("", "smoke"):
-        raise UserError(f"{arg!r} stands behind the colon; only :smoke may")
+        raise UserError(f"{arg!r} behind the colon is not known; the recipe's docstring says what may stand there, such as smoke")
     if arg:
         with config.unlocked():
             config.data.root, config.data.langs = TINYPEDIA, "en,sw"

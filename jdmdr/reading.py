@@ -133,7 +133,8 @@ def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:
-            raise bad_line(path, number, f"not valid JSON ({error.msg}, column {error.colno}); write one object "
+            fault = error.msg.removesuffix(" at")
+            raise bad_line(path, number, f"not valid JSON ({fault}, column {error.colno}); write one object "
                                          "a line, with control characters escaped") from error  # fmt: skip
         except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
             raise bad_line(path, number, f"JSON that cannot be read ({error}); shorten the value") from error
@@ -185,5 +186,7 @@ def _once(first: dict[str, int], qid: str, key: str, path: Path, number: int) ->
 
 
 def _short(value: Any) -> str:
+    """A value as JSON, cut to one short line in which blanks that look alike can be told apart."""
     text = json.dumps(value, ensure_ascii=False)
-    return clean(text if len(text) <= 60 else text[:57] + "...")
+    text = text if len(text) <= 60 else text[:57] + "..."
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -20,7 +20,7 @@ QUICKSTART = "configs/quickstart.py"
         ),
         (("--config", QUICKSTART, "--workdir", "W", "--bogus"), "flag 'bogus'"),
         (("--config", QUICKSTART, "--workdir", "W", "stray"), "'stray' belongs to no flag"),
-        (("--config", QUICKSTART + ":tiny", "--workdir", "W"), "only :smoke may"),
+        (("--config", QUICKSTART + ":tiny", "--workdir", "W"), "'tiny' behind the colon is not known"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.root=/none"), "/none"),
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.langs=xx"), "xx"),
         (

@@ -21,13 +21,12 @@ def touch(root, *names):
 
 def names(files, root):
     """A LanguageFiles with paths relative to the root."""
-    corpus, topics, qrels, train = files
-    short = lambda path: str(path.relative_to(root))
-    return (
-        [*map(short, corpus)],
-        *({s: short(p) for s, p in of.items()} for of in (topics, qrels)),
-        train and short(train),
-    )
+
+    def short(path):
+        return str(path.relative_to(root))
+
+    splits = ({split: short(path) for split, path in of.items()} for of in (files.topics, files.qrels))
+    return [*map(short, files.corpus)], *splits, files.train and short(files.train)
 
 
 def test_tinypedia_is_found_whole():

@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jdmdr.encoders.config import EncoderConfig
 from jdmdr.types import Tokens, UserError
 
 TRANSFORMER = EncoderConfig(
-    kind="transformer", family="bert", vocab_size=50, width=16, layers=2, heads=4, ffn=24, max_positions=12,
+    kind="transformer", family="bert", vocab_size=50, width=16, layers=1, heads=4, ffn=24, max_positions=12,
     hidden_dropout=0.1, attention_dropout=0.1,
 )  # fmt: skip
 STATIC = EncoderConfig(kind="static", vocab_size=50, width=16)
@@ -21,9 +22,19 @@ TOKENS = Tokens(
 )
 
 
+@functools.cache
+def start(config):
+    return encoders.build(config).init(jax.random.key(0))
+
+
+@functools.cache
+def jitted(config):
+    return jax.jit(encoders.build(config).apply, static_argnames="output")
+
+
 @pytest.fixture(scope="module", params=[TRANSFORMER, STATIC], ids=lambda c: c.kind)
-def encoder(request):
-    return encoders.build(request.param)
+def config(request):
+    return request.param
 
 
 def test_config_survives_its_dictionary():
@@ -52,99 +63,97 @@ def test_unknown_configuration_key_is_refused():
         EncoderConfig.from_dict({**STATIC.to_dict(), "colour": "blue"})
 
 
-def test_parameters_are_float32_and_depend_on_the_key_alone(encoder):
-    one, same, other = (encoder.init(jax.random.key(seed)) for seed in (0, 0, 1))
+def test_parameters_are_float32_and_depend_on_the_key_alone(config):
+    init = encoders.build(config).init
+    one, same, other = start(config), init(jax.random.key(0)), init(jax.random.key(1))
     assert {leaf.dtype for leaf in jax.tree.leaves(one)} == {jnp.dtype("float32")}
     jax.tree.map(np.testing.assert_array_equal, one, same)
     assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True))
 
 
-def test_rows_without_tokens_give_finite_embeddings_and_gradients(encoder):
-    params = encoder.init(jax.random.key(0))
-    for pooling_name in ("cls", "mean", "last") if encoder.config.kind == "transformer" else ("mean",):
-        pooled = encoders.build(dataclasses.replace(encoder.config, pooling=pooling_name))
-        value, gradient = jax.jit(jax.value_and_grad(lambda p, e=pooled: jnp.sum(e.apply(p, TOKENS) ** 3)))(params)
-        assert np.isfinite(value)
-        assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
+@pytest.mark.parametrize(
+    "config",
+    [STATIC, *(dataclasses.replace(TRANSFORMER, pooling=name) for name in ("cls", "mean", "last"))],
+    ids=lambda c: f"{c.kind}-{c.pooling}",
+)
+def test_rows_without_tokens_give_finite_embeddings_and_gradients(config):
+    loss = lambda params: jnp.sum(encoders.build(config).apply(params, TOKENS) ** 3)
+    value, gradient = jax.jit(jax.value_and_grad(loss))(start(config))
+    assert np.isfinite(value)
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(gradient))
 
 
-def test_embeddings_have_unit_length_where_asked(encoder):
-    params = encoder.init(jax.random.key(0))
-    lengths = np.linalg.norm(encoder.apply(params, TOKENS)[:3], axis=1)
+def test_embeddings_have_unit_length_where_asked(config):
+    lengths = np.linalg.norm(jitted(config)(start(config), TOKENS)[:3], axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
-    raw = encoders.build(dataclasses.replace(encoder.config, normalize=False)).apply(params, TOKENS)[:3]
+    raw = jitted(dataclasses.replace(config, normalize=False))(start(config), TOKENS)[:3]
     assert np.all(np.abs(np.linalg.norm(raw, axis=1) - 1) > 1e-3)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
-def test_padding_does_not_change_an_embedding(encoder, family):
-    encoder = encoders.build(dataclasses.replace(encoder.config, family=family, pad_token_id=1))
-    params = encoder.init(jax.random.key(0))
+def test_padding_does_not_change_an_embedding(family):
+    config = dataclasses.replace(TRANSFORMER, family=family, pad_token_id=1)
     row = slice(1, 2)  # 5 tokens
     short = Tokens(TOKENS.ids_BxT[row, :5], TOKENS.mask_BxT[row, :5])
     padded = Tokens(TOKENS.ids_BxT[row], TOKENS.mask_BxT[row])
-    np.testing.assert_allclose(encoder.apply(params, short), encoder.apply(params, padded), atol=1e-6)
+    one, other = (jitted(config)(start(config), tokens) for tokens in (short, padded))
+    np.testing.assert_allclose(one, other, atol=1e-6)
 
 
-def test_tokens_output_pools_to_the_embedding(encoder):
-    params = encoder.init(jax.random.key(0))
-    hidden = np.asarray(encoder.apply(params, TOKENS, "tokens"))
+def test_tokens_output_pools_to_the_embedding(config):
+    hidden = np.asarray(jitted(config)(start(config), TOKENS, output="tokens"))
     assert hidden.shape == (4, 8, 16) and hidden.dtype == np.float32
     mean = np.stack([h[m > 0].mean(axis=0) for h, m in zip(hidden[:3], TOKENS.mask_BxT[:3], strict=True)])
     expected = mean / np.linalg.norm(mean, axis=1, keepdims=True)
-    np.testing.assert_allclose(encoder.apply(params, TOKENS)[:3], expected, atol=1e-6)
+    np.testing.assert_allclose(jitted(config)(start(config), TOKENS)[:3], expected, atol=1e-6)
 
 
 def test_dropout_acts_only_where_a_key_is_given():
-    encoder = encoders.build(TRANSFORMER)
-    params = encoder.init(jax.random.key(0))
-    plain, one, same, other = (
-        encoder.apply(params, TOKENS, rng=rng)
-        for rng in (None, jax.random.key(1), jax.random.key(1), jax.random.key(2))
-    )
+    params, apply = start(TRANSFORMER), jitted(TRANSFORMER)
+    plain = apply(params, TOKENS)
+    one, same, other = (apply(params, TOKENS, rng=jax.random.key(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one, same)
     assert np.abs(one - plain)[:3].max() > 1e-3 and np.abs(one - other)[:3].max() > 1e-3
-    still = encoders.build(dataclasses.replace(TRANSFORMER, hidden_dropout=0.0, attention_dropout=0.0))
-    np.testing.assert_allclose(still.apply(params, TOKENS, rng=jax.random.key(1)), plain, atol=1e-6)
+    still = jitted(dataclasses.replace(TRANSFORMER, hidden_dropout=0.0, attention_dropout=0.0))
+    np.testing.assert_allclose(still(params, TOKENS, rng=jax.random.key(1)), plain, atol=1e-6)
 
 
 def test_remat_changes_neither_value_nor_gradient():
-    params = encoders.build(TRANSFORMER).init(jax.random.key(0))
-
     def loss(params, remat):
         encoder = encoders.build(dataclasses.replace(TRANSFORMER, remat=remat))
         return jnp.sum(encoder.apply(params, TOKENS, rng=jax.random.key(3))[:3, 0])
 
     (value, gradient), (expected, expected_gradient) = (
-        jax.jit(jax.value_and_grad(loss), static_argnums=1)(params, remat) for remat in (True, False)
+        jax.jit(jax.value_and_grad(loss), static_argnums=1)(start(TRANSFORMER), remat) for remat in (True, False)
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), gradient, expected_gradient)
 
 
 def test_bfloat16_stays_close_to_float32_and_returns_float32():
-    encoder = encoders.build(TRANSFORMER)
-    params = jax.tree.map(lambda x: x * 4, encoder.init(jax.random.key(0)))
-    half = encoders.build(dataclasses.replace(TRANSFORMER, dtype="bfloat16"))
+    params = jax.tree.map(lambda x: x * 4, start(TRANSFORMER))
 
-    def loss(params, encoder):
-        return jnp.sum(encoder.apply(params, TOKENS)[:3] @ jnp.arange(16.0))
+    def loss(params, config):
+        embeddings = encoders.build(config).apply(params, TOKENS)
+        return jnp.sum(embeddings[:3] @ jnp.arange(16.0)), embeddings
 
-    embeddings, expected = (jax.jit(e.apply)(params, TOKENS) for e in (half, encoder))
+    (gradient, embeddings), (expected_gradient, expected) = (
+        jax.jit(jax.grad(loss, has_aux=True), static_argnums=1)(params, dataclasses.replace(TRANSFORMER, dtype=dtype))
+        for dtype in ("bfloat16", "float32")
+    )
     assert embeddings.dtype == jnp.float32
     assert np.sum(embeddings[:3] * expected[:3], axis=1).min() > 0.999
-    gradient, expected = (jax.jit(jax.grad(loss), static_argnums=1)(params, e) for e in (half, encoder))
-    flat, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (gradient, expected))
+    flat, expected = (np.concatenate([np.ravel(x) for x in jax.tree.leaves(g)]) for g in (gradient, expected_gradient))
     assert flat.dtype == np.float32
     assert flat @ expected / np.linalg.norm(flat) / np.linalg.norm(expected) > 0.99
 
 
 def test_texts_longer_than_the_position_table_are_refused():
-    encoder = encoders.build(dataclasses.replace(TRANSFORMER, family="roberta", pad_token_id=1))
-    assert encoder.config.usable_positions == 10
+    config = dataclasses.replace(TRANSFORMER, family="roberta", pad_token_id=1)
+    assert config.usable_positions == 10
     long = Tokens(np.ones((1, 11), np.int32), np.ones((1, 11), np.int32))
     with pytest.raises(UserError, match="11 tokens.* 10;"):
-        encoder.apply(encoder.init(jax.random.key(0)), long)
+        encoders.build(config).apply(start(config), long)
 
 
 def _plain_dense(x, kernel, bias):

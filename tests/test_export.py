@@ -15,7 +15,6 @@ from jdmdr.tokenizer import train_unigram
 from jdmdr.types import Tokens, UserError
 
 GOLDENS = pathlib.Path(__file__).parent / "goldens"
-FAMILIES = ("bert", "roberta", "xlm-roberta")
 HOW = {
     "prompts": {"query": "query: ", "passage": "passage: "},
     "max_length": 20,
@@ -58,8 +57,10 @@ def embed(config, params, tokenizer_dir, texts, max_length=20):
     return np.asarray(encoders.build(config).apply(params, tokens))
 
 
-@pytest.mark.parametrize(("family", "pooling"), zip(FAMILIES, ("cls", "mean", "last"), strict=True))
-@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize(
+    ("family", "pooling", "normalize"),
+    [("bert", "cls", True), ("roberta", "mean", False), ("xlm-roberta", "last", True)],
+)
 def test_exported_transformer_loads_back_equal(family, pooling, normalize, tmp_path):
     config, params = encoders.load_pretrained(GOLDENS / family, pooling=pooling, normalize=normalize)
     export(config, params, GOLDENS / family, tmp_path / "out", **HOW)
