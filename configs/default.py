@@ -27,6 +27,8 @@ def get_config():
         0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
     )
 
+    c.data.cloze_per_lang = 20_000  # passages, chosen at random, that inverse-cloze pairs are made of
+
     c.tokenizer = ConfigDict()
     c.tokenizer.name = ""  # Hugging Face name or directory; empty: the encoder's own, or one trained on the corpus
     c.tokenizer.vocab_size = 16_000  # pieces of a tokenizer trained on the corpus
@@ -46,14 +48,14 @@ def get_config():
     c.warmup = training()  # before mining: in-batch negatives on training pairs and inverse-cloze pairs
     c.warmup.steps = 0  # 0: the encoder as it is loaded
     c.warmup.passages_per_query = 1
-    c.warmup.cloze_share = 0.5  # share of the steps on inverse-cloze pairs (title or sentence -> passage)
-    c.warmup.cloze_per_lang = 100_000  # passages, chosen at random, that inverse-cloze pairs are made of
+    c.warmup.cloze_share = 0.5
     c.warmup.objective.mode = "none"
 
     c.mine = ConfigDict()
     c.mine.retrievers = "warmup,bm25"  # the ensemble: the encoder that training starts from, and BM25
     c.mine.fusion = "rrf"  # rrf | zscore | minmax
     c.mine.weights = ()  # one weight a retriever; empty: equal
+    c.mine.pool = "corpus"  # corpus | positives: what may be a negative; positives: what is one of another query
     c.mine.depth = 200  # candidates a query
     c.mine.index = "faiss"  # faiss | exact
     c.mine.factory = "Flat"  # faiss index factory string
@@ -102,6 +104,7 @@ def training():
     t.steps = 1000  # optimiser updates
     t.batch_size = 24  # queries in the global batch, over all devices
     t.passages_per_query = 8  # 1 positive and the rest hard negatives
+    t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)
     t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
     t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
 
@@ -129,7 +132,9 @@ def training():
 def smoke(config, arg):
     """Shrinks `config` for `:smoke`: two languages of tinypedia, the from-scratch encoder, a few steps."""
     if arg not in ("", "smoke"):
-        raise UserError(f"{arg!r} behind the colon is not known; the recipe's docstring says what may stand there, such as smoke")
+        raise UserError(
+            f"{arg!r} behind the colon is not known; the recipe's docstring says what may stand there, such as smoke"
+        )
     if arg:
         with config.unlocked():
             config.data.root, config.data.langs = TINYPEDIA, "en,sw"

@@ -9,10 +9,14 @@ from configs import default
 def get_config(arg=""):
     c = default.get_config()
     with c.unlocked():
-        c.warmup.steps, c.warmup.batch_size = 600, 64
-        c.warmup.learning_rate = 5e-4
-        c.train.steps, c.train.batch_size = 300, 32
-        c.train.learning_rate = 5e-4
-        c.train.checkpoint_every = c.warmup.checkpoint_every = 100
+        c.encoder.width = 1024
+        for section in (c.warmup, c.train):
+            section.batch_size, section.cloze_share = 64, 0.5
+            section.objective.temperature = 0.1
+            section.learning_rate, section.learning_rates = 5e-4, (("^weight$", 2e-2),)
+            section.warmup_share, section.clip = 0.0, 0.0
+            section.checkpoint_every = 200
+        c.warmup.steps, c.train.steps = 200, 400
+        c.mine.pool, c.mine.depth = "positives", 100
         c.topics.scope = "language"
     return default.smoke(c, arg)

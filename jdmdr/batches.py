@@ -45,6 +45,8 @@ class TrainingSet(NamedTuple):
     """n training queries; passages are global rows (the languages' collections one after another).
 
     `passage_topic` is by global row; None lets a passage inherit the topic of its query. Row i of `queries` is query i.
+    Where `passages` holds altered copies of passages, `passage_row` gives the global row of each and the other fields
+    name copies: two copies of one passage are the same passage to the loss.
     """
 
     lang_n: np.ndarray  # int32
@@ -54,6 +56,7 @@ class TrainingSet(NamedTuple):
     passage_topic: np.ndarray | None
     queries: fixed.TokenSource
     passages: fixed.TokenSource
+    passage_row: np.ndarray | None = None
 
 
 class BatchShapes(NamedTuple):
@@ -171,8 +174,10 @@ def make_batch(
     topic_N = np.repeat(topic_B, passages_per_query) if inherited else training_set.passage_topic[rows_N]
     beta_LxC = beta_of_batch(weights, topic_B)
     target_B = np.arange(len(plan.index_B), dtype=np.int32) * passages_per_query
+    identity = _identity(training_set)
+    ids_N = identity(rows_N)
     first_N = np.zeros(len(rows_N), bool)
-    first_N[np.unique(rows_N, return_index=True)[1]] = True
+    first_N[np.unique(ids_N, return_index=True)[1]] = True
 
     profile = fixed.cheapest(
         shapes.profiles, training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N)
@@ -183,9 +188,9 @@ def make_batch(
         "queries": queries,
         "passages": passages,
         "target_B": target_B,
-        "passage_ids_N": rows_N.astype(np.int32),
+        "passage_ids_N": ids_N.astype(np.int32),
         "first_N": first_N,
-        "positive_ids_BxM": _known_positives(training_set.positives, plan.index_B, rows_N, shapes.positives_width),
+        "positive_ids_BxM": _known_positives(training_set, plan.index_B, ids_N, shapes.positives_width),
         "weight_N": weights.alpha_L[lang_N] + beta_LxC[lang_N, topic_N],
         "query_weight_B": weights.alpha_L[lang_B] + beta_LxC[lang_B, topic_B],
         "query_index_B": plan.index_B.astype(np.int32),
@@ -233,10 +238,16 @@ def _rows(
     return plan, rows_BxP.reshape(-1)
 
 
-def _known_positives(positives: Ragged, index_B: np.ndarray, rows_N: np.ndarray, width: int) -> np.ndarray:
+def _identity(training_set: TrainingSet) -> Callable[[np.ndarray], np.ndarray]:
+    """Rows of `passages` -> global rows."""
+    return (lambda rows: rows) if training_set.passage_row is None else training_set.passage_row.__getitem__
+
+
+def _known_positives(training_set: TrainingSet, index_B: np.ndarray, ids_N: np.ndarray, width: int) -> np.ndarray:
     """Known positives of each query that are in the batch, int32 B x width; the target's own is among them."""
-    values, owner, _ = positives.flat(index_B)
-    here = np.isin(values, rows_N)
+    values, owner, _ = training_set.positives.flat(index_B)
+    values = _identity(training_set)(values)
+    here = np.isin(values, ids_N)
     values, owner = values[here], owner[here]
     counts_B = np.bincount(owner, minlength=len(index_B))
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)

@@ -5,6 +5,7 @@ Saves are asynchronous and appear by an atomic rename; a half-written one is nev
 
 from __future__ import annotations
 
+import json
 import pathlib
 from typing import Any
 
@@ -34,7 +35,10 @@ class Checkpoints:
             enable_async_checkpointing=True,
         )
         self._directory = directory
-        self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("state", "data"))
+        try:
+            self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("state", "data"))
+        except ValueError as error:  # the scores of all checkpoints are read at once
+            raise _unreadable(next(filter(_has_damaged_score, sorted(directory.iterdir())), directory), error) from error
 
     def save(self, step: int, state: Any, score: float) -> None:
         """Starts saving; `score` is the validation score, UNMEASURED between validations. Raises what an earlier save
@@ -70,14 +74,28 @@ class Checkpoints:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(target), data=ocp.args.JsonRestore())
             restored = self._manager.restore(step, args=args)
         except Exception as error:  # orbax and tensorstore raise many kinds; all mean the same to the user
-            reason = " ".join(str(error).split())[:160]
-            raise UserError(
-                f"the checkpoint {self._directory / str(step)} cannot be read ({reason}); delete that directory, and the "
-                "same command goes on from the one before it or from the start"
-            ) from error
+            raise _unreadable(self._directory / str(step), error) from error
         return restored["state"], restored["data"]["next_step"]
 
     def close(self) -> None:
         self._manager.wait_until_finished()
         self._manager.check_for_errors()
         self._manager.close()
+
+
+def _has_damaged_score(checkpoint: pathlib.Path) -> bool:
+    try:
+        json.loads((checkpoint / "metrics" / "metrics").read_bytes())
+    except OSError:
+        return False
+    except ValueError:
+        return True
+    return False
+
+
+def _unreadable(path: pathlib.Path, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:160]
+    return UserError(
+        f"the checkpoint {path} cannot be read ({reason}); delete that directory, and the same command goes on from the "
+        "one before it or from the start"
+    )

@@ -56,17 +56,28 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
             command(config, directory, values)
     except UserError as error:
         _fail(str(error))
-    except OSError as error:
-        if error.errno != errno.ENOSPC:
+    except Exception as error:
+        if not _disk_is_full(error):
             raise
-        _fail(f"the disk is full ({error.filename or 'while writing'}); free some space and run the same command again: "
-              "nothing finished is lost")  # fmt: skip
+        _fail(f"the disk of --workdir {directory} is full; free some space and run the same command again: nothing "
+              "finished is lost")  # fmt: skip
     except KeyboardInterrupt:
         print("\nstopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except Terminated:
         print("\nstopped by SIGTERM; the same command goes on from here", file=sys.stderr)
         sys.exit(EXIT_TERMINATED)
+
+
+def _disk_is_full(error: BaseException | None) -> bool:
+    """Whether a full disk is what the error came from; several libraries tell it in words alone, NumPy as a short write."""
+    while error:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if re.search(r"[Nn]o space left on device|\d+ requested and \d+ written", str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _fail(sentence: str) -> None:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
-import numpy as np
-
-from jdmdr.hashing import stable_hash
+from jdmdr.corpus import passage_text
 from jdmdr.types import Passage
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[。！？।؟۔])\s*|\n+")
@@ -15,27 +14,37 @@ _NO_SENTENCE_MARKS = re.compile("[\u0e00-\u0eff]")  # Thai and Lao set spaces, n
 _SHORTEST_SENTENCE = 8  # characters; less is an abbreviation or a number rather than a sentence
 
 
-def inverse_cloze(passages: Iterable[tuple[int, Passage]], seed: int) -> tuple[list[str], np.ndarray]:
-    """Pseudo queries for passages without any: the title, and one sentence of those that have several.
+class Pair(NamedTuple):
+    """A pseudo query, and its passage without it."""
 
-    Returns the query texts and the row of the passage each belongs to (int64).
+    query: str
+    passage: str
+    row: int
+
+
+def inverse_cloze(passages: Iterable[tuple[int, Passage]]) -> Iterator[Pair]:
+    """Pairs from the corpus alone: each sentence with its passage less that sentence, and the title with the text.
+
+    A passage of one sentence gives its title only; one without a text gives nothing.
 
     Source: the inverse cloze task of Lee et al., "Latent Retrieval for Weakly Supervised Open Domain Question
-    Answering" (ACL 2019); the sentence stays in its passage here.
+    Answering" (ACL 2019), which leaves the sentence in one passage of ten; here it is always taken out, or a lexical
+    encoder would have nothing to learn.
     """
-    queries, rows = [], []
     for row, passage in passages:
-        found = [passage.title.strip()] if passage.title.strip() else []
-        sentences = _sentences(passage.text)
+        title, text = passage.title.strip(), passage.text.strip()
+        sentences = _sentences(text)
         if len(sentences) > 1:
-            found.append(sentences[stable_hash(seed, "inverse cloze", row) % len(sentences)])
-        queries += found
-        rows += [row] * len(found)
-    return queries, np.array(rows, np.int64)
+            for sentence in sentences:
+                if len(sentence) >= _SHORTEST_SENTENCE:
+                    rest = Passage("", title, " ".join(text.replace(sentence, " ", 1).split()))
+                    yield Pair(sentence, passage_text(rest), row)
+        if title and text:
+            yield Pair(title, text, row)
 
 
 def _sentences(text: str) -> list[str]:
     pieces = _SENTENCE_END.split(text)
     if 2 * len(_NO_SENTENCE_MARKS.findall(text)) > len(text):
         pieces = [part for piece in pieces for part in piece.split()]
-    return [piece.strip() for piece in pieces if len(piece.strip()) >= _SHORTEST_SENTENCE]
+    return [piece.strip() for piece in pieces if piece.strip()]

@@ -92,14 +92,17 @@ def as_run(qids: Sequence[str], hits: Hits, docid: Callable[[int], str]) -> dict
     }
 
 
-def ndcg_by_rows(positives: Sequence[np.ndarray], hits: Hits, langs: Sequence[int]) -> float:
-    """nDCG@10 with the queries' positives known by row, averaged over queries and then over languages."""
+def ndcg_by_rows(positives: Sequence[np.ndarray], hits: Hits, langs: Sequence[int]) -> tuple[float, float]:
+    """nDCG@10 with the queries' positives known by row, averaged over queries and then over languages; its standard
+    error."""
     qrels = {str(i): {str(row): 1 for row in known} for i, known in enumerate(positives)}
     values = metrics.evaluate_run(qrels, as_run(list(qrels), hits, str), (SELECTION_MEASURE,))[SELECTION_MEASURE]
     per_lang: dict[int, list[float]] = {}
     for lang, value in zip(langs, values.values(), strict=True):
         per_lang.setdefault(lang, []).append(value)
-    return float(np.mean([np.mean(v) for v in per_lang.values()]))
+    means = [np.mean(v) for v in per_lang.values()]
+    error = np.sqrt(sum(np.var(v) / len(v) for v in per_lang.values())) / len(per_lang)
+    return float(np.mean(means)), float(error)
 
 
 def _averages(values: dict[str, list[float]]) -> dict[str, float]:

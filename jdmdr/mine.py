@@ -63,6 +63,17 @@ def _has_faiss() -> bool:
     return importlib.util.find_spec("faiss") is not None
 
 
+def candidate_pool(queries: Sequence[TrainingQuery], base: int, pool: str) -> np.ndarray | None:
+    """Rows of the collection that may be negatives, ascending; None for all of them.
+
+    With `positives` a query's negatives are other queries' positives, so that no passage is met as a negative only. In a
+    small collection a model otherwise learns which passages have no training query.
+    """
+    if pool not in ("corpus", "positives"):
+        raise UserError(f"mine.pool is {pool!r}; it is one of corpus, positives")
+    return None if pool == "corpus" else np.unique(np.concatenate([q.positives for q in queries])) - base
+
+
 class Mined(NamedTuple):
     """Candidates of one language's training queries, best first; rows of its collection, `NO_HIT` behind."""
 
@@ -92,7 +103,7 @@ def mine_language(
     for name, hits in runs.items():
         metrics.write_run(out_dir / f"{lang}.{name}.trec", [q.qid for q in queries], hits, docid, name)
     positives = [q.positives - base for q in queries]
-    candidates = _without(fused, positives, config.depth)
+    candidates = _usable(fused, positives, candidate_pool(queries, base, config.pool), config.depth)
     dense = next((r for r in rescore if r), None)
     mined = Mined(*candidates, *_dense_scores(candidates.rows_QxK, positives, dense))
     for field, values in mined._asdict().items():
@@ -106,11 +117,13 @@ def read_mined(directory: pathlib.Path, lang: str) -> Mined:
     return Mined(*(np.load(directory / f"{lang}.{field}.npy", mmap_mode="r") for field in Mined._fields))
 
 
-def _without(hits: Hits, positives: Sequence[np.ndarray], depth: int) -> Hits:
-    """Drops each query's positives by id and keeps `depth` places."""
+def _usable(hits: Hits, positives: Sequence[np.ndarray], pool: np.ndarray | None, depth: int) -> Hits:
+    """Drops each query's positives by id, and what is not in the pool, and keeps `depth` places."""
     rows_QxK, scores_QxK = hits.rows_QxK.copy(), hits.scores_QxK.copy()
     for q, known in enumerate(positives):
         rows_QxK[q, np.isin(rows_QxK[q], known)] = NO_HIT
+    if pool is not None:
+        rows_QxK[~np.isin(rows_QxK, pool)] = NO_HIT
     order_QxK = np.argsort(rows_QxK == NO_HIT, axis=1, kind="stable")[:, :depth]
     rows_QxK = np.take_along_axis(rows_QxK, order_QxK, 1)
     scores_QxK = np.take_along_axis(scores_QxK, order_QxK, 1)

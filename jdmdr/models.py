@@ -49,16 +49,22 @@ def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tup
     config = encoders.EncoderConfig(
         kind="static", vocab_size=vocab_size, width=section.width, pooling="mean", normalize=section.normalize
     )
-    frequency_V = passages.document_frequency(vocab_size)
-    idf_V = np.log1p((len(passages) - frequency_V + 0.5) / (frequency_V + 0.5))
-    return config, static.init_from_idf(jax.random.key(seed), config, idf_V)
+    return config, static.init_from_idf(jax.random.key(seed), config, _idf(passages, vocab_size))
+
+
+def _idf(passages: TokenStore, vocab_size: int) -> np.ndarray:
+    """BM25's inverse document frequency; a token counts as common as it is in the language that uses it most."""
+    frequency_LxV = passages.document_frequency(vocab_size)
+    rows_Lx1 = np.diff(passages.bases)[:, None]
+    return np.log1p((rows_Lx1 - frequency_LxV + 0.5) / (frequency_LxV + 0.5)).min(axis=0)
 
 
 def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -> str:
     """Writes the encoder to `directory`; returns the SHA-256 of its parameters, by name, shape and bytes."""
     params = jax.device_get(params)
     target = (directory / PARAMETERS).resolve()
-    shutil.rmtree(target, ignore_errors=True)
+    for stale in directory.glob(f"{PARAMETERS}*"):  # a killed run's half-written ones too
+        shutil.rmtree(stale)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, params)
     write_json(directory / "encoder.json", config.to_dict())

@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jdmdr import hashing
-from jdmdr.corpus import Collection
+from jdmdr.corpus import Collection, passage_text
 from jdmdr.filters import Candidates, Context, apply_filters, rules_from_config
 from jdmdr.library import TrainingQuery
-from jdmdr.mine import Mined
+from jdmdr.mine import Mined, candidate_pool
 from jdmdr.types import NO_HIT
 
 SOURCES = ("retrieval", "judged", "random")
@@ -38,14 +38,23 @@ class Negatives(NamedTuple):
 
 
 def select(
-    mined: Mined, queries: Sequence[TrainingQuery], base: int, collection: Collection, text: Any, filters: Any, count: int,
-    seed: int,
+    mined: Mined, queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
 ) -> tuple[Negatives, dict[str, int]]:  # fmt: skip
-    """Filters the candidates, keeps the `count` best of each query and fills up the short ones.
+    """Filters the candidates, keeps the best of each query and fills up the short ones.
 
-    Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random passages of the
-    collection, never a positive and none twice. Returns the negatives and the counts per filter rule and source.
+    Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random ones of the pool, never
+    a positive and none twice. Returns the negatives and the counts per filter rule and source.
+
+    Args:
+      config: the recipe's `mine` keys; `filters` are its filter rules.
     """
+
+    def text(row: int) -> str:
+        return passage_text(collection.passage(row))
+
+    found_pool = candidate_pool(queries, base, config.pool)
+    pool = range(len(collection)) if found_pool is None else found_pool
+    count = config.negatives
     positives = [q.positives - base for q in queries]
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, mined.dense_scores_QxK, mined.positive_score_Q)
     kept, reasons_QxK, counts = apply_filters(candidates, rules_from_config(filters), Context(positives, text))
@@ -64,35 +73,29 @@ def select(
     out.rank_QxN[:, :width] = np.where(found, rank_QxK[:, :width], 0)
     out.score_QxN[:, :width] = np.where(found, kept.scores_QxK[:, :width], np.nan)
     for q, query in enumerate(queries):
-        _fill(out, q, query, positives[q], query.judged - base, len(collection), seed)
+        _fill(out, q, query, positives[q], query.judged - base, pool, seed)
     for index, name in enumerate(SOURCES):
         counts[f"source {name}"] = int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum())
     return out, counts
 
 
 def _fill(
-    out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, size: int, seed: int
-):
+    out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, pool: np.ndarray | range,
+    seed: int,
+) -> None:  # fmt: skip
     rows_N = out.rows_QxN[q]
     place = int((rows_N != NO_HIT).sum())
     taken = {*rows_N[:place].tolist(), *positives.tolist()}
-    shuffled = judged[np.argsort(hashing.hash_array(seed, f"judged {query.qid}", judged), kind="stable")]
-    for source, rows in ((JUDGED, iter(shuffled.tolist())), (RANDOM, _random_rows(size, query, seed))):
-        while place < len(rows_N) and len(taken) < size:
-            row = next(rows, None)
-            if row is None:
-                break
-            if row not in taken:
-                rows_N[place], out.source_QxN[q, place] = row, source
-                taken.add(row)
-                place += 1
-
-
-def _random_rows(size: int, query: TrainingQuery, seed: int) -> Iterator[int]:
-    """Rows without end: drawn anew until the collection is used up."""
-    generator = hashing.rng(seed, "random negatives", query.lang, query.qid)
-    while True:
-        yield from generator.integers(size, size=64).tolist()
+    judged = judged[np.argsort(hashing.hash_array(seed, f"judged {query.qid}", judged), kind="stable")]
+    # so many that enough are left when all taken ones are among them
+    draws = min(len(pool), len(rows_N) + len(taken)) if place < len(rows_N) else 0
+    drawn = hashing.rng(seed, "random negatives", query.lang, query.qid).choice(len(pool), draws, replace=False)
+    fillers = [(JUDGED, int(row)) for row in judged] + [(RANDOM, int(pool[i])) for i in drawn]
+    for source, row in fillers:
+        if place < len(rows_N) and row not in taken:
+            rows_N[place], out.source_QxN[q, place] = row, source
+            taken.add(row)
+            place += 1
 
 
 def version_dir(directory: pathlib.Path, version: int) -> pathlib.Path:

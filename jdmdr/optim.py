@@ -13,10 +13,10 @@ from jdmdr.types import UserError
 
 def schedule(section: Any, peak: float) -> optax.Schedule:
     """Linear rise over `warmup_share` of the steps, then linear decay to 0 or constant (`decay`)."""
-    rise = max(1, round(section.warmup_share * section.steps))
+    rise = round(section.warmup_share * section.steps)
     end = 0.0 if section.decay == "linear" else peak
     fall = optax.linear_schedule(peak, end, max(1, section.steps - rise))
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, rise), fall], [rise])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), fall], [rise])
 
 
 def make_optimiser(section: Any, params: Any) -> optax.GradientTransformation:

@@ -97,7 +97,7 @@ class Recipe:
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         ensemble = c.mine.retrievers.split(",")
         raw = [p for f in self.files.values() for p in _paths(f)]
-        cloze = ("cloze",) if c.warmup.steps and c.warmup.cloze_share > 0 else ()
+        cloze = {s: ("cloze",) if c[s].steps and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         dense = [name for name in ensemble if name != "bm25"]
         if not set(ensemble) <= {"warmup", "bm25"}:
             raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
@@ -106,19 +106,19 @@ class Recipe:
             Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
-            *[Stage(name, self.make_cloze, {"per_lang": c.warmup.cloze_per_lang, "seed": c.seed, **lengths},
-                    ("corpus", "tokenizer")) for name in cloze],
+            *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
+                    ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]}],
             Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
-                  ("corpus", "tokens", *cloze), volatile=logs, precious=True),
+                  ("corpus", "tokens", *cloze["warmup"]), volatile=logs, precious=True),
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
             Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(["bm25"] if "bm25" in ensemble else []), *(["embeddings-warmup"] if dense else []))),
             Stage("negatives", self.select_negatives,
-                  {"filters": plain["filters"], "negatives": c.mine.negatives, **split}, ("corpus", "mine")),
+                  {"filters": plain["filters"], "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
             Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
-                  ("corpus", "tokens", "warmup", "negatives", "topics"), volatile=logs, precious=True),
+                  ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=logs, precious=True),
             Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
             Stage("evaluate", self.evaluate, {"name": c.name, **plain["evaluate"], **split},
                   ("corpus", "bm25", "embeddings-warmup", "embeddings")),
@@ -153,7 +153,13 @@ class Recipe:
         else:
             texts = (passage_text(c_.passage(row)) for c_ in self.library.collections for row in range(len(c_)))
             tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
-        return {"vocab_size": tokenizer.Tokenizer(out_dir, 8).vocab_size}
+        made = tokenizer.Tokenizer(out_dir, 8)
+        if self._from_scratch and made.special_tokens:
+            raise UserError(
+                f"tokenizer.name {name!r} puts {made.special_tokens} special tokens around a text, and the from-scratch "
+                "encoder has no use for them; leave tokenizer.name empty, or name an encoder with encoder.name"
+            )
+        return {"vocab_size": made.vocab_size}
 
     def _tokenizer(self, side: str):
         from jdmdr.tokenizer import Tokenizer
@@ -180,17 +186,14 @@ class Recipe:
         return counts
 
     def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        from jdmdr import sources, tokenizer
+        from jdmdr import sources
 
-        counts = {}
-        for index, lang in enumerate(self.library.langs):
-
-            def tokenise(texts, lang=lang):
-                tokenizer.write_tokens(self._tokenizer("query"), texts, out_dir / "tokens", lang)
-
-            most = self.config.warmup.cloze_per_lang
-            counts[lang] = sources.write_cloze(self.library, index, most, self.config.seed, out_dir, tokenise)
-        return counts
+        c = self.config
+        tokenizers = self._tokenizer("query"), self._tokenizer("passage")
+        return {
+            lang: sources.write_cloze(self.library, index, c.data.cloze_per_lang, c.seed, out_dir, *tokenizers)
+            for index, lang in enumerate(self.library.langs)
+        }
 
     @functools.cached_property
     def vocab_size(self) -> int:
@@ -215,7 +218,7 @@ class Recipe:
         return models.load(self.directory / stage)
 
     def _run_training(
-        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, sets: Any, topics: int
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int
     ):
         from jdmdr import encoders, models, objectives, sources, train, validate
 
@@ -229,7 +232,7 @@ class Recipe:
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
             make_batch, shapes, sentence = sources.batch_maker(
-                sets, section, c.weights, lengths, self.mesh.devices.size, c.seed, len(self.library.langs), topics
+                found, section, c.weights, lengths, self.mesh.devices.size, c.seed, len(self.library.langs), topics
             )
         progress.say(f"  {sentence}")
         validation = validate.make_validation(
@@ -241,16 +244,23 @@ class Recipe:
         )
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
+    def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
+        """The section's sources: its training set, and inverse-cloze pairs where it wants them."""
+        from jdmdr import sources
+
+        found = [sources.Source(training_set, 1 - section.cloze_share, section.passages_per_query)]
+        if section.steps and section.cloze_share > 0:
+            pairs = sources.cloze(self.directory / "cloze", self.library, self.vocab_size)
+            found.append(sources.Source(pairs, section.cloze_share, 1))
+        return found
+
     def warm_up(self, out_dir: pathlib.Path) -> dict[str, Any]:
         from jdmdr import sources
 
         section = self.config.warmup
         encoder_config, params = self._first_encoder()
-        sets = [(sources.pairs(self.training, self.stores), 1 - section.cloze_share)]
-        if section.steps and section.cloze_share > 0:
-            cloze = sources.cloze(self.directory / "cloze", self.stores, self.library, self.vocab_size)
-            sets.append((cloze, section.cloze_share))
-        return self._run_training(out_dir, section, encoder_config, params, sets, topics=1)
+        found = self._with_cloze(sources.pairs(self.training, self.stores), section)
+        return self._run_training(out_dir, section, encoder_config, params, found, topics=1)
 
     def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
         from jdmdr.corpus import passage_text
@@ -312,14 +322,8 @@ class Recipe:
             if not queries:
                 continue
             collection, base = self.library.collections[index], int(self.library.bases[index])
-
-            def text(row: int, collection=collection) -> str:
-                return corpus.passage_text(collection.passage(row))
-
             mined = mine.read_mined(self.directory / "mine", lang)
-            chosen, counts = negatives.select(
-                mined, queries, base, collection, text, c.filters.to_dict(), c.mine.negatives, c.seed
-            )
+            chosen, counts = negatives.select(mined, queries, base, collection, c.mine, c.filters.to_dict(), c.seed)
             negatives.write(negatives.version_dir(out_dir, 0), lang, [q.qid for q in queries], chosen)
             rows = negatives.training_rows(queries, lang, base, collection, chosen)
             corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
@@ -342,7 +346,8 @@ class Recipe:
         training_set = sources.with_negatives(
             self.training, self.stores, self.library, version, labels, c.weights.inherit
         )
-        return self._run_training(out_dir, c.train, encoder_config, params, [(training_set, 1.0)], c.topics.clusters)
+        found = self._with_cloze(training_set, c.train)
+        return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         from jdmdr import evaluate

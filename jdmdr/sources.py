@@ -11,9 +11,10 @@ import numpy as np
 from jdmdr import batches, negatives
 from jdmdr.batches import Ragged, TrainingSet
 from jdmdr.cloze import inverse_cloze
+from jdmdr.hashing import hash_array
 from jdmdr.library import TRAIN, Library, TrainingQuery
 from jdmdr.planner import Planner
-from jdmdr.tokenizer import TokenStore
+from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import NO_HIT, Tokens, UserError
 from jdmdr.weights import make_weights
 from jdmdr.workdir import write_text
@@ -79,75 +80,82 @@ def with_negatives(
     )
 
 
-def cloze(directory: pathlib.Path, stores: Stores, library: Library, vocab_size: int) -> TrainingSet:
-    """Inverse-cloze pairs, as `write_cloze` left them."""
-    rows = [np.load(directory / f"{lang}.rows.npy") + base for lang, base in zip(library.langs, library.bases)]  # noqa: B905
+def cloze(directory: pathlib.Path, library: Library, vocab_size: int) -> TrainingSet:
+    """Inverse-cloze pairs, as `write_cloze` left them; passages are those without their pseudo query."""
+    rows = [
+        np.load(directory / f"{lang}.rows.npy") + base
+        for lang, base in zip(library.langs, library.bases[:-1], strict=True)
+    ]
     lang_n = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
-    store = TokenStore(directory / "tokens", library.langs, vocab_size)
     return TrainingSet(
         lang_n=lang_n,
         topic_n=np.zeros(len(lang_n), np.int32),
-        positives=Ragged(np.arange(len(lang_n) + 1), np.concatenate(rows)),
+        positives=Ragged(np.arange(len(lang_n) + 1), np.arange(len(lang_n))),
         negatives=Ragged.of([] for _ in lang_n),
         passage_topic=None,
-        queries=store,
-        passages=stores.passages,
+        queries=TokenStore(directory / "queries", library.langs, vocab_size),
+        passages=TokenStore(directory / "passages", library.langs, vocab_size),
+        passage_row=np.concatenate(rows),
     )
 
 
 def write_cloze(
-    library: Library, index: int, most: int, seed: int, directory: pathlib.Path, tokenise: Callable[[list[str]], Any]
-) -> int:
+    library: Library, index: int, most: int, seed: int, directory: pathlib.Path,
+    query_tokenizer: Tokenizer, passage_tokenizer: Tokenizer,
+) -> int:  # fmt: skip
     """Makes the inverse-cloze pairs of one language from at most `most` of its passages; returns how many."""
-    from jdmdr.hashing import hash_array
-
     lang, collection = library.langs[index], library.collections[index]
     chosen = np.sort(np.argsort(hash_array(seed, f"cloze {lang}", np.arange(len(collection))), kind="stable")[:most])
-    texts, rows = inverse_cloze(((int(row), collection.passage(int(row))) for row in chosen), seed)
-    write_text(directory / f"{lang}.tsv", "".join(
-        f"{collection.docid(int(row))}\t{' '.join(text.split())}\n" for text, row in zip(texts, rows, strict=True)
-    ))  # fmt: skip
-    np.save(directory / f"{lang}.rows.npy", rows)
-    tokenise(texts)
-    return len(texts)
+    pairs_ = list(inverse_cloze((int(row), collection.passage(int(row))) for row in chosen))
+    lines = (f"{collection.docid(pair.row)}\t{' '.join(pair.query.split())}\n" for pair in pairs_)
+    write_text(directory / f"{lang}.tsv", "".join(lines))
+    np.save(directory / f"{lang}.rows.npy", np.array([pair.row for pair in pairs_], np.int64))
+    write_tokens(query_tokenizer, (pair.query for pair in pairs_), directory / "queries", lang)
+    write_tokens(passage_tokenizer, (pair.passage for pair in pairs_), directory / "passages", lang)
+    return len(pairs_)
+
+
+class Source(NamedTuple):
+    """Where a share of the steps draws its batches from."""
+
+    training_set: TrainingSet
+    share: float
+    passages_per_query: int
 
 
 def batch_maker(
-    sources: Sequence[tuple[TrainingSet, float]], section: Any, weights: Any, lengths: tuple[int, int], devices: int,
-    seed: int, langs: int, topics: int,
+    sources: Sequence[Source], section: Any, weights: Any, lengths: tuple[int, int], devices: int, seed: int,
+    langs: int, topics: int,
 ) -> tuple[Callable[[int], tuple[dict, dict]], int, str]:  # fmt: skip
-    """The function step -> (batch, figures to log) over `sources` with their shares, a pure function of the step.
+    """The function step -> (batch, figures to log) over `sources`, a pure function of the step.
 
     Returns it with the number of batch shapes it can give and a sentence on what a query sees.
     """
     if section.batch_size % devices:
         raise UserError(f"batch_size is {section.batch_size}, not a multiple of the {devices} devices")
-    planned = []
-    for training_set, _ in sources:
-        batches.check_training_set(training_set, section.passages_per_query)
-        planned.append((
-            training_set,
-            Planner(training_set.lang_n, training_set.topic_n, section.batch_size, seed, section.policy, section.lang_temp),
-        ))  # fmt: skip
-    shapes = batches.plan_shapes(
-        planned, batch_size=section.batch_size, passages_per_query=section.passages_per_query, seed=seed,
-        chunk_rows=section.chunk_rows, devices=devices, query_max_length=lengths[0], passage_max_length=lengths[1],
-        max_profiles=section.max_profiles,
-    )  # fmt: skip
-    shares = [share for _, share in sources]
     settings = {key: weights[key] for key in ("a", "b", "gamma_a", "gamma_b", "sign", "topic_scope")}
-    tables = [make_weights(s.lang_n, s.topic_n, langs, topics, **settings) for s, _ in planned]
+    planned = []
+    for s in sources:
+        batches.check_training_set(s.training_set, s.passages_per_query)
+        labels = s.training_set.lang_n, s.training_set.topic_n
+        planner = Planner(*labels, section.batch_size, seed, section.policy, section.lang_temp)
+        shapes = batches.plan_shapes(
+            [(s.training_set, planner)], batch_size=section.batch_size, passages_per_query=s.passages_per_query,
+            seed=seed, chunk_rows=section.chunk_rows, devices=devices, query_max_length=lengths[0],
+            passage_max_length=lengths[1], max_profiles=section.max_profiles,
+        )  # fmt: skip
+        planned.append((s, planner, shapes, make_weights(*labels, langs, topics, **settings)))
 
     def make(step: int) -> tuple[dict, dict]:
-        source, own_step = batches.interleave(step, shares, seed)
-        training_set, planner = planned[source]
+        index, own_step = batches.interleave(step, [s.share for s in sources], seed)
+        source, planner, shapes, tables = planned[index]
         batch, figures = batches.make_batch(
-            training_set, planner, own_step, passages_per_query=section.passages_per_query, seed=seed, shapes=shapes,
-            weights=tables[source],
+            source.training_set, planner, own_step, passages_per_query=source.passages_per_query, seed=seed,
+            shapes=shapes, weights=tables,
         )  # fmt: skip
-        return batch, {**figures, "source": source}
+        return batch, {**figures, "source": index}
 
-    hard = section.passages_per_query - 1
-    others = (section.batch_size - 1) * section.passages_per_query
+    hard = sources[0].passages_per_query - 1
+    others = (section.batch_size - 1) * (hard + 1)
     sentence = f"each query sees 1 positive, {hard} hard negatives and {others} in-batch passages"
-    return make, len(shapes.profiles), sentence
+    return make, sum(len(shapes.profiles) for _, _, shapes, _ in planned), sentence

@@ -28,18 +28,24 @@ BATCH = 1024
 def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) -> None:
     """Trains a Unigram vocabulary (Kudo 2018) and writes it as a Hugging Face tokenizer directory.
 
-    NFKC and lower case; no special tokens but pad (id 0) and unknown (id 1). sentencepiece does the training because it
+    NFKC and lower case; words of letters, combining marks and digits, all else dropped; no special tokens but pad (id 0)
+    and unknown (id 1). sentencepiece does the training because it
     gives the same vocabulary on every run, which the trainer of `tokenizers` does not. A text too small for
     `vocab_size` gets as many pieces as it supports.
     """
     import sentencepiece
 
     normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    words = pre_tokenizers.Split(tokenizers.Regex(r"[^\p{L}\p{M}\p{N}]+"), "removed")
+
+    def prepared(text: str) -> str:
+        return " ".join(word for word, _ in words.pre_tokenize_str(normalizer.normalize_str(text)))
+
     model = io.BytesIO()
     with _quiet_stderr() as complaint:
         try:
             sentencepiece.SentencePieceTrainer.train(
-                sentence_iterator=(normalizer.normalize_str(text).replace("\0", " ") for text in texts),
+                sentence_iterator=map(prepared, texts),
                 model_writer=model, model_type="unigram", vocab_size=vocab_size, hard_vocab_limit=False,
                 character_coverage=1.0, normalization_rule_name="identity", max_sentence_length=1 << 20, num_threads=4,
                 pad_id=0, pad_piece=PAD, unk_id=1, unk_piece=UNKNOWN, bos_id=-1, eos_id=-1, minloglevel=2,
@@ -54,7 +60,7 @@ def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) 
     vocabulary = [(pieces.id_to_piece(i), pieces.get_score(i)) for i in range(pieces.vocab_size())]
     tokenizer = tokenizers.Tokenizer(models.Unigram(vocabulary, unk_id=1, byte_fallback=False))
     tokenizer.normalizer = normalizer
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Metaspace(split=False)])
     tokenizer.decoder = decoders.Metaspace()
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
@@ -124,6 +130,7 @@ class Tokenizer:
         self._backend.enable_truncation(max_length)
         self._prompt, self._limit = prompt, max_length * CHARACTERS_PER_TOKEN
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
+        self.special_tokens = self._backend.num_special_tokens_to_add(is_pair=False)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text with the prompt before it."""
@@ -199,14 +206,14 @@ class TokenStore:
         return Tokens(ids, mask)
 
     def document_frequency(self, vocab_size: int) -> np.ndarray:
-        """How many sequences hold each token at least once, int64 [V]; streamed."""
-        frequency = np.zeros(vocab_size, np.int64)
-        for offsets, ids in zip(self._offsets, self._ids, strict=True):
+        """How many sequences of each language hold each token at least once, int64 [languages, V]; streamed."""
+        frequency = np.zeros((len(self._ids), vocab_size), np.int64)
+        for lang, (offsets, ids) in enumerate(zip(self._offsets, self._ids, strict=True)):
             for first in range(0, len(offsets) - 1, 100_000):
                 bounds = np.asarray(offsets[first : first + 100_001])
                 rows = np.repeat(np.arange(len(bounds) - 1), np.diff(bounds))
                 pairs = np.unique(rows * vocab_size + np.asarray(ids[bounds[0] : bounds[-1]], np.int64))
-                frequency += np.bincount(pairs % vocab_size, minlength=vocab_size)
+                frequency[lang] += np.bincount(pairs % vocab_size, minlength=vocab_size)
         return frequency
 
     def _locate(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

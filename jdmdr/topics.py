@@ -31,6 +31,8 @@ def label(
     """
     if config.scope not in ("language", "dataset"):
         raise UserError(f"topics.scope is {config.scope!r}; it is one of language, dataset")
+    if not 1 <= config.clusters <= 256:
+        raise UserError(f"topics.clusters is {config.clusters}; it is a number from 1 to 256")
     blocks = [encode.shards(embeddings / lang, "passages") for lang in library.langs]
     positives = [
         np.unique(np.concatenate([q.positives for q in training if q.lang == i] or [np.zeros(0, np.int64)]))

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 import tensorboardX
 
-from jdmdr import batches, parallel, progress
+from jdmdr import batches, models, parallel, progress, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
 from jdmdr.optim import make_optimiser
@@ -26,7 +26,8 @@ from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
 
 CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
-VOLATILE = (f"{CHECKPOINTS}/**/*", f"{CHECKPOINTS}/*", "tensorboard/*", LOG)
+# The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
+VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
 
 
 def train(
@@ -68,11 +69,15 @@ def train(
     latest = checkpoints.latest()
     if latest is None:
         first = 0
-        checkpoints.save(0, state, _score(validate(state["params"])))
+        log = _Log(out_dir, -1)
+        before = validate(state["params"])
+        log.validation(0, before)
+        # What training starts from is no result of it, unless there is nothing to train.
+        checkpoints.save(0, state, UNMEASURED if section.steps else _score(before))
     else:
         state, first = checkpoints.restore(latest, state)
         progress.say(f"  going on from step {first}")
-    log = _Log(out_dir, first)
+        log = _Log(out_dir, first)
 
     # --- loop ----------------------------------------------------------------------------------------------------
     iterator = batches.batch_iterator(make_batch, first, section.steps)
@@ -85,15 +90,16 @@ def train(
         pending = step, metrics, figures
         bar.update()
         done = step + 1
-        if done % section.checkpoint_every == 0 or done == section.steps:
+        stopping = stop.requested
+        validating = done % section.checkpoint_every == 0 or done == section.steps
+        if validating or stopping:
+            # The log first: of what a checkpoint holds, every line is there.
             _account(log, bar, section, *pending)
             pending = None
-            score = _score(validate(state["params"]))
-            checkpoints.save(done, state, score)
-            log.write(done, {"valid_ndcg@10": score})
-        elif stop.requested:
-            checkpoints.save(done, state, UNMEASURED)
-        if stop.requested:
+            score = validate(state["params"]) if validating else None
+            log.validation(done, score)
+            checkpoints.save(done, state, _score(score))
+        if stopping:
             checkpoints.close()
             log.close()
             bar.close()
@@ -112,6 +118,8 @@ def train(
     state, _ = checkpoints.restore(best, state)
     checkpoints.close()
     stop.restore()
+    if stop.requested:
+        raise Terminated
     counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
     if score != UNMEASURED:
         counts["valid_ndcg@10"] = score
@@ -137,19 +145,19 @@ class _StopOnSigterm:
 
 
 class _Log:
-    """`log.jsonl` and TensorBoard; lines of steps that a resumed run repeats are dropped first."""
+    """`log.jsonl` and TensorBoard; lines behind step `last`, which a resumed run repeats, are dropped first."""
 
-    def __init__(self, out_dir: pathlib.Path, first: int):
+    def __init__(self, out_dir: pathlib.Path, last: int):
         path = out_dir / LOG
         kept = []
         if path.exists():
             for line in path.read_text(encoding="utf-8").splitlines():
                 # the last line may be half-written
-                if line.endswith("}") and json.loads(line)["step"] <= first:
+                if line.endswith("}") and json.loads(line)["step"] <= last:
                     kept.append(line + "\n")
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._file.writelines(kept)
-        self._board = tensorboardX.SummaryWriter(str(out_dir / "tensorboard"), purge_step=first, write_to_disk=True)
+        workdir.write_text(path, "".join(kept))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+        self._board = tensorboardX.SummaryWriter(str(out_dir / "tensorboard"), purge_step=last + 1, write_to_disk=True)
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **figures}, sort_keys=True) + "\n")
@@ -157,6 +165,10 @@ class _Log:
         for name, value in figures.items():
             if isinstance(value, (int, float)):
                 self._board.add_scalar(name, value, step)
+
+    def validation(self, step: int, score: float | None) -> None:
+        if score is not None:
+            self.write(step, {"valid_ndcg@10": score})
 
     def close(self) -> None:
         self._file.close()
@@ -167,15 +179,14 @@ def _account(log: _Log, bar: Any, section: Any, step: int, metrics: dict, figure
     """Logs a step and stops the run when too many updates in a row were not finite."""
     values = {name: float(value) for name, value in jax.device_get(metrics).items()}
     in_a_row = int(values.pop("skipped_in_a_row"))
+    if (step + 1) % section.log_every == 0 or in_a_row:
+        log.write(step + 1, {**{k: v for k, v in values.items() if np.isfinite(v)}, **figures, "time": time.time()})
+        bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
     if in_a_row >= section.max_skipped:
-        log.write(step + 1, {**values, "seconds": time.time()})
         raise UserError(
             f"step {step + 1}: loss or gradient was not finite {in_a_row} times in a row; the checkpoints before it are "
             "intact; lower the learning rate or raise the temperature"
         )
-    if (step + 1) % section.log_every == 0 or in_a_row:
-        log.write(step + 1, {**{k: v for k, v in values.items() if np.isfinite(v)}, **figures, "time": time.time()})
-        bar.set_postfix_str(f"loss {values['loss']:.4f}", refresh=False)
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def make_validation(
                               np.pad(hits.scores_QxK, missing, constant_values=-np.inf)))  # fmt: skip
         stacked = Hits(*(np.concatenate(part) for part in zip(*found, strict=True)))
         queries = [q for lang in langs for q in of_lang[lang]]
-        return ndcg_by_rows([q.positives for q in queries], stacked, [q.lang for q in queries])
+        return ndcg_by_rows([q.positives for q in queries], stacked, [q.lang for q in queries])[0]
 
     return validate
 

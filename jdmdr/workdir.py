@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import fcntl
+import fnmatch
 import hashlib
 import json
 import os
@@ -30,8 +31,9 @@ class Stage:
     """One arrow of the pipeline.
 
     `run(out_dir) -> counts` does the work; `settings` is all of the config that it depends on; `needs` are the stages
-    whose output it reads, `files` the input files from outside the working directory. `volatile` are glob patterns of
-    what the manifest leaves out (logs, checkpoints). A `precious` stage is not redone unless the user says so.
+    whose output it reads, `files` the input files from outside the working directory. `volatile` are patterns of what
+    the manifest leaves out (logs, checkpoints); their `*` reaches into subdirectories. A `precious` stage is not redone
+    unless the user says so.
     """
 
     name: str
@@ -153,8 +155,12 @@ def _intact(directory: pathlib.Path, manifest: Mapping[str, Any]) -> bool:
 
 def _written(stage: Stage, directory: pathlib.Path) -> dict[str, list]:
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (MANIFEST, PLAN))
-    kept = [p for p in paths if not any(p.relative_to(directory).match(pattern) for pattern in stage.volatile)]
-    return {str(p.relative_to(directory)): [p.stat().st_size, file_digest(p)] for p in kept}
+    names = {str(p.relative_to(directory)): p for p in paths}
+    return {
+        name: [p.stat().st_size, file_digest(p)]
+        for name, p in names.items()
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in stage.volatile)
+    }
 
 
 def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Callable[[str], None]) -> None:

@@ -3,8 +3,10 @@
 import json
 import os
 import pathlib
+import runpy
 import subprocess
 import sys
+import textwrap
 
 import pytest
 
@@ -30,10 +32,53 @@ def command():
     return run
 
 
+@pytest.fixture(scope="session")
+def on_devices():
+    """Runs a program in a process with so many virtual devices; returns what it printed."""
+
+    def run(devices, program, *arguments):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+        result = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
+            cwd=REPO,
+            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": path},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert result.returncode == 0, result.stderr
+        return result.stdout
+
+    return run
+
+
 @pytest.fixture
 def data_root(tmp_path):
     """A writable copy of two languages of tinypedia, the first 8 articles each."""
-    root = tmp_path / "data"
+    return _data_root(tmp_path / "data")
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """The recipe of a whole pipeline that ran on such a copy; to be read only."""
+    from jdmdr import pipeline
+
+    directory = tmp_path_factory.mktemp("finished")
+    config = tiny_config(_data_root(directory / "data"))
+    pipeline.run(config, directory / "workdir", "report")
+    return pipeline.Recipe(config, directory / "workdir")
+
+
+def tiny_config(root):
+    """The quickstart recipe shrunk to a few seconds, over the data under `root`."""
+    config = runpy.run_path(REPO / "configs" / "quickstart.py")["get_config"]("smoke")
+    config.data.root, config.data.langs = str(root), ""
+    config.tokenizer.vocab_size = 600
+    return config
+
+
+def _data_root(root):
     for lang in ("en", "sw"):
         _copy(TINYPEDIA / "corpus" / f"{lang}.jsonl", root / "corpus" / f"{lang}.jsonl", "docid")
         _copy(TINYPEDIA / "train" / f"{lang}.jsonl", root / "train" / f"{lang}.jsonl", "query_id")

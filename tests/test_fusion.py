@@ -122,14 +122,26 @@ def test_inverse_sigma_weights_widen_a_narrow_band_of_scores():
         inverse_sigma_weights([scores, np.ones((10, 20))])
 
 
-def test_choose_weight_takes_the_best_and_of_equals_the_one_closest_to_a_half():
+def test_choose_weight_takes_the_one_closest_to_a_half_within_a_standard_error_of_the_best():
     dense = Hits(np.array([[0, 1]]), np.array([[1.0, 0.0]], np.float32))
     lexical = Hits(np.array([[1, 0]]), np.array([[1.0, 0.0]], np.float32))
     grid = [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
-    assert choose_weight(dense, lexical, lambda fused: float(fused.rows_QxK[0, 0] == 0), "minmax", grid) == 0.6
-    assert choose_weight(dense, lexical, lambda fused: float(fused.rows_QxK[0, 0] == 1), "minmax", grid) == 0.4
-    assert choose_weight(dense, lexical, lambda fused: 0.0, "minmax", grid) == 0.4
-    assert choose_weight(dense, lexical, lambda fused: float(fused.scores_QxK[0, 0]), "minmax", grid) == 0.0
+
+    def choose(mean, error=0.0):
+        return choose_weight(dense, lexical, lambda fused: (float(mean(fused)), error), "minmax", grid)
+
+    def dense_first(fused):
+        return fused.rows_QxK[0, 0] == 0
+
+    def top_score(fused):  # 1, .8, .6, .6, .8, 1 over the grid
+        return fused.scores_QxK[0, 0]
+
+    assert choose(dense_first) == 0.6
+    assert choose(lambda fused: not dense_first(fused)) == 0.4
+    assert choose(lambda fused: 0) == 0.4
+    assert choose(top_score) == 0.0
+    assert choose(top_score, error=0.25) == 0.2
+    assert choose(top_score, error=0.45) == 0.4
 
 
 def test_weights_and_methods_that_do_not_fit_are_refused():

@@ -2,6 +2,7 @@ import json
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
 from jdmdr import corpus, negatives
 from jdmdr.mine import Mined
@@ -21,10 +22,9 @@ def _mined(queries, rows_QxK):
     return Mined(rows_QxK, scores, scores, np.full(len(queries), 2, np.float32))
 
 
-def _select(library, queries, rows_QxK, count, rules=RULES, seed=0):
-    collection = library.collections[1]
-    text = lambda row: corpus.passage_text(collection.passage(row))
-    return negatives.select(_mined(queries, rows_QxK), queries, 24, collection, text, rules, count, seed)
+def _select(library, queries, rows_QxK, count, pool="corpus", seed=0):
+    config = ConfigDict({"negatives": count, "pool": pool})
+    return negatives.select(_mined(queries, rows_QxK), queries, 24, library.collections[1], config, RULES, seed)
 
 
 def test_best_candidates_come_first_with_their_mined_rank_and_score(library, queries):
@@ -54,6 +54,15 @@ def test_short_queries_are_filled_with_judged_then_random_passages_never_a_posit
 def test_more_negatives_than_passages_leaves_places_empty(library, queries):
     chosen, _ = _select(library, queries, np.full((len(queries), 1), NO_HIT), 30)
     assert ((chosen.rows_QxN != NO_HIT).sum(1) == 24 - np.array([len(q.positives) for q in queries])).all()
+
+
+def test_a_pool_of_positives_fills_with_other_queries_positives_only(library, queries):
+    queries = queries[:6]
+    chosen, counts = _select(library, queries, np.full((6, 1), NO_HIT), 30, pool="positives")
+    allowed = {int(row) - 24 for q in queries for row in q.positives}
+    for q, query in enumerate(queries):
+        rows = chosen.rows_QxN[q]
+        assert set(rows[rows != NO_HIT]) == allowed - {int(row) - 24 for row in query.positives}
 
 
 def test_random_fill_depends_on_the_seed_alone(library, queries):

@@ -147,14 +147,23 @@ def concat_vectors(vectors: Sequence[np.ndarray], weights: Sequence[float]) -> n
 
 
 def choose_weight(
-    dense: Hits, lexical: Hits, metric: Callable[[Hits], float], method: str, grid: Sequence[float]
+    dense: Hits,
+    lexical: Hits,
+    metric: Callable[[Hits], tuple[float, float]],
+    method: str,
+    grid: Sequence[float],
 ) -> float:
-    """The weight w in `grid` whose hybrid, w dense + (1 - w) lexical, has the best `metric` on validation queries.
+    """The weight w in `grid` for the hybrid w dense + (1 - w) lexical, chosen on validation queries.
 
-    Ties go to the weight closest to 0.5, then to the lower one.
+    `metric` gives a mean and its standard error. Among the weights within one standard error of the best mean the one
+    closest to 0.5 is taken (the one-standard-error rule of Breiman et al. 1984): a few hundred queries cannot tell
+    neighbours apart, and the optimum of noise would. Ties go to the better mean, then to the lower weight.
     """
     depth = max(dense.rows_QxK.shape[1], lexical.rows_QxK.shape[1])
-    return max(grid, key=lambda w: (metric(fuse([dense, lexical], method, [w, 1 - w], depth)), -abs(w - 0.5), -w))
+    results = {w: metric(fuse([dense, lexical], method, [w, 1 - w], depth)) for w in grid}
+    best, error = max(results.values())
+    near = [w for w, (mean, _) in results.items() if mean >= best - error]
+    return min(near, key=lambda w: (abs(w - 0.5), -results[w][0], w))
 
 
 def _checked_weights(weights: Sequence[float], systems: int) -> np.ndarray:

@@ -1,0 +1,163 @@
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jdmdr import encoders, objectives, parallel, sources, topics
+from jdmdr.negatives import version_dir
+from jdmdr.optim import make_optimiser
+from jdmdr.shapes import Chunks
+from jdmdr.step import init_state, make_step
+
+ROWS, WIDTH, TEMPERATURE = 40, 8, 0.1
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return encoders.build(encoders.EncoderConfig(kind="static", vocab_size=ROWS, width=WIDTH, pooling="mean"))
+
+
+@pytest.fixture(scope="module")
+def section(finished):
+    return finished.config.train.copy_and_resolve_references().unlock()
+
+
+@pytest.fixture
+def parts(encoder, section):
+    """(step, state) on the tiny encoder, plain SGD's place taken by the recipe's AdamW."""
+    section.objective.mode, section.objective.temperature = "none", TEMPERATURE
+    section.learning_rates, section.learning_rate = (), 1e-2
+    params = encoder.init(jax.random.key(0))
+    optimiser = make_optimiser(section, params)
+    objective = objectives.OBJECTIVES["contrastive"](section.objective)
+    return make_step(encoder, objective, optimiser, 0), init_state(params, optimiser), optimiser
+
+
+def tokens(rng, rows, width):
+    mask = (np.arange(width) < rng.integers(1, width + 1, rows)[:, None]).astype(np.int32)
+    return rng.integers(0, ROWS, (rows, width)).astype(np.int32) * mask, mask
+
+
+def batch_of(rng, queries=4, passages_per_query=2, width=5):
+    """One chunk a side; every passage distinct, one known positive a query."""
+    n = queries * passages_per_query
+    blocks = {}
+    for name, rows in (("queries", queries), ("passages", n)):
+        ids, mask = tokens(rng, rows, width)
+        blocks[name] = Chunks((ids,), (mask,), np.arange(rows, dtype=np.int32))
+    target_B = np.arange(queries, dtype=np.int32) * passages_per_query
+    return {
+        **blocks, "target_B": target_B, "passage_ids_N": np.arange(n, dtype=np.int32), "first_N": np.ones(n, bool),
+        "positive_ids_BxM": target_B[:, None], "weight_N": np.ones(n, np.float32),
+        "query_weight_B": np.ones(queries, np.float32), "query_index_B": np.arange(queries, dtype=np.int32),
+    }  # fmt: skip
+
+
+def oracle_loss(params, batch):
+    """The formula with plain loops over texts, traceable so that optax can be given its gradient."""
+
+    def embed(chunks):
+        rows = []
+        for ids, mask in zip(chunks.ids[0], chunks.mask[0], strict=True):
+            ids = ids[: mask.sum()]
+            vector = (jnp.log1p(jnp.exp(params["weight"][ids]))[:, None] * params["embedding"][ids]).sum(0) / len(ids)
+            rows.append(vector / jnp.linalg.norm(vector))
+        return jnp.stack(rows)
+
+    scores_BxN = embed(batch["queries"]) @ embed(batch["passages"]).T / TEMPERATURE
+    losses = [jnp.log(jnp.exp(row).sum()) - row[t] for row, t in zip(scores_BxN, batch["target_B"], strict=True)]
+    return sum(losses) / len(losses)
+
+
+def test_one_step_is_the_gradient_of_the_formula_through_adam(parts):
+    step, state, _ = parts
+    batch = batch_of(np.random.default_rng(0))
+    before = jax.device_get(state["params"])
+    value, gradient = jax.value_and_grad(oracle_loss)(before, batch)
+    plain = optax.adam(1e-2)  # the recipe: no rise, no decay of weights, no clipping
+    updates, _ = plain.update(gradient, plain.init(before))
+    state, metrics = step(state, batch)
+    assert float(metrics["loss"]) == pytest.approx(float(value), rel=1e-5)
+    assert float(metrics["gradient_norm"]) == pytest.approx(float(optax.global_norm(gradient)), rel=1e-4)
+    for name, expected in optax.apply_updates(before, updates).items():
+        large = np.abs(gradient[name]) > 1e-5  # Adam turns the sign of rounding errors into whole steps
+        np.testing.assert_allclose(np.asarray(state["params"][name])[large], expected[large], atol=2e-5)
+
+
+def test_update_that_is_not_finite_is_skipped_and_counted(parts):
+    step, state, _ = parts
+    batch = batch_of(np.random.default_rng(1))
+    state, _ = step(state, batch)
+    poisoned = jax.device_get(state)
+    row = int(batch["queries"].ids[0][0, 0])
+    poisoned["params"]["embedding"][row] = np.nan
+    state = jax.device_put(poisoned)
+    for count in (1, 2):
+        state, metrics = step(state, batch)
+        assert not np.isfinite(metrics["loss"])
+        assert int(metrics["skipped"]) == int(metrics["skipped_in_a_row"]) == count
+    for name in ("params", "opt_state"):
+        jax.tree.map(np.testing.assert_array_equal, jax.device_get(state[name]), poisoned[name])
+    assert int(state["step"]) == 3
+    healed = jax.device_get(state)
+    healed["params"]["embedding"][row] = 0.1
+    state, metrics = step(jax.device_put(healed), batch)
+    assert int(metrics["skipped"]) == 2 and int(metrics["skipped_in_a_row"]) == 0
+    assert not np.array_equal(state["params"]["embedding"], healed["params"]["embedding"])
+
+
+def test_step_is_compiled_once_a_shape(parts):
+    step, state, _ = parts
+    rng = np.random.default_rng(2)
+    for width in (5, 7, 5, 7, 5):
+        state, _ = step(state, batch_of(rng, width=width))
+    assert step._cache_size() == 2
+
+
+def run_steps(directory, root, steps=3):
+    """The real parts on whatever devices there are: batches with mined negatives, the weighted objective, the mesh."""
+    from conftest import tiny_config
+
+    from jdmdr.pipeline import Recipe
+
+    recipe = Recipe(tiny_config(root), directory)
+    c, mesh = recipe.config, recipe.mesh
+    section = c.train
+    labels = topics.read_topics(directory / "topics", recipe.library)
+    stored = version_dir(directory / "negatives", 0)
+    mined = sources.with_negatives(recipe.training, recipe.stores, recipe.library, stored, labels, False)
+    found = [sources.Source(mined, 1.0, section.passages_per_query)]
+    section.chunk_rows = 16
+    make_batch, shapes, _ = sources.batch_maker(found, section, c.weights, (32, 96), 8, 0, 2, c.topics.clusters)
+    config, params = recipe._first_encoder()
+    optimiser = make_optimiser(section, params)
+    objective = objectives.OBJECTIVES["contrastive"](section.objective, mesh)
+    state = jax.device_put(init_state(params, optimiser), parallel.replicated(mesh))
+    step = make_step(encoders.build(config), objective, optimiser, 0)
+    losses = []
+    for number in range(steps):
+        state, metrics = step(state, parallel.put_batch(make_batch(number)[0], mesh))
+        losses.append(float(metrics["loss"]))
+    assert step._cache_size() <= shapes
+    return losses, jax.device_get(state["params"])
+
+
+def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path):
+    root = finished.config.data.root
+    program = """
+        import json, pathlib, sys
+        import numpy as np
+        from test_step import run_steps
+        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2])
+        np.savez(sys.argv[3], **params)
+        print(json.dumps(losses))
+    """
+    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz"))
+    losses, params = run_steps(finished.directory, root)
+    np.testing.assert_allclose(eight, losses, rtol=1e-6)
+    with np.load(tmp_path / "eight.npz") as saved:
+        for name, expected in params.items():
+            np.testing.assert_allclose(saved[name], expected, atol=1e-6, err_msg=name)
