@@ -46,7 +46,7 @@ def get_config():
     c.encoder.remat = False  # recompute activations in the backward pass: less memory, about a third more time
 
     c.warmup = training()  # before mining: in-batch negatives on training pairs and inverse-cloze pairs
-    c.warmup.steps = 0  # 0: the encoder as it is loaded
+    c.warmup.epochs = 0.0  # 0: the encoder as it is loaded
     c.warmup.passages_per_query = 1
     c.warmup.cloze_share = 0.5
     c.warmup.objective.mode = "none"
@@ -101,7 +101,8 @@ def get_config():
 def training():
     """The keys of one training run; `warmup` and `train` each have them."""
     t = ConfigDict()
-    t.steps = 1000  # optimiser updates
+    t.epochs = 4.0  # passes over the training queries
+    t.steps = placeholder(int)  # optimiser updates; None: as many as the epochs take
     t.batch_size = 24  # queries in the global batch, over all devices
     t.passages_per_query = 8  # 1 positive and the rest hard negatives
     t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)

@@ -22,7 +22,6 @@ BACKBONES = {
     "me5": ("intfloat/multilingual-e5-large", "mean", True, "query: ", "passage: ", 0.01, 2e-6, 20),
     "bge": ("BAAI/bge-m3", "cls", True, "", "", 0.02, 2e-6, 20),
 }
-STEPS_PER_EPOCH = 1500  # 36,183 training queries (90 % of MIRACL's) in batches of 24
 
 
 def get_config(arg="bge"):
@@ -34,6 +33,6 @@ def get_config(arg="bge"):
         c.encoder.query_prompt, c.encoder.passage_prompt = query_prompt, passage_prompt
         c.train.objective.temperature = temperature
         c.train.learning_rate = learning_rate
-        c.train.steps = epochs * STEPS_PER_EPOCH
+        c.train.epochs = float(epochs)
         c.filters.percent_of_positive = 0.95
     return default.smoke(c, arg)

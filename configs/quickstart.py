@@ -16,7 +16,8 @@ def get_config(arg=""):
             section.learning_rate, section.learning_rates = 5e-4, (("^weight$", 2e-2),)
             section.warmup_share, section.clip = 0.0, 0.0
             section.checkpoint_every = 200
-        c.warmup.steps, c.train.steps = 200, 400
+        c.warmup.epochs, c.train.epochs = 2.0, 4.0
         c.mine.pool, c.mine.depth = "positives", 100
+        c.filters.percent_of_positive = 0.95
         c.topics.scope = "language"
     return default.smoke(c, arg)

@@ -38,7 +38,9 @@ class Checkpoints:
         try:
             self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("state", "data"))
         except ValueError as error:  # the scores of all checkpoints are read at once
-            raise _unreadable(next(filter(_has_damaged_score, sorted(directory.iterdir())), directory), error) from error
+            raise _unreadable(
+                next(filter(_has_damaged_score, sorted(directory.iterdir())), directory), error
+            ) from error
 
     def save(self, step: int, state: Any, score: float) -> None:
         """Starts saving; `score` is the validation score, UNMEASURED between validations. Raises what an earlier save

@@ -39,11 +39,11 @@ class Negatives(NamedTuple):
 
 def select(
     mined: Mined, queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
-) -> tuple[Negatives, dict[str, int]]:  # fmt: skip
+) -> tuple[Negatives, dict[str, Any]]:  # fmt: skip
     """Filters the candidates, keeps the best of each query and fills up the short ones.
 
     Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random ones of the pool, never
-    a positive and none twice. Returns the negatives and the counts per filter rule and source.
+    a positive and none twice. Returns the negatives and the counts of candidates, per filter rule, and per source.
 
     Args:
       config: the recipe's `mine` keys; `filters` are its filter rules.
@@ -74,9 +74,13 @@ def select(
     out.score_QxN[:, :width] = np.where(found, kept.scores_QxK[:, :width], np.nan)
     for q, query in enumerate(queries):
         _fill(out, q, query, positives[q], query.judged - base, pool, seed)
-    for index, name in enumerate(SOURCES):
-        counts[f"source {name}"] = int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum())
-    return out, counts
+    sources = {
+        name: int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum()) for index, name in enumerate(SOURCES)
+    }
+    # pairs, because the order of the rules matters and JSON objects are written sorted
+    dropped = [[name, count] for name, count in counts.items() if name != "kept"]
+    candidates_found = int((mined.rows_QxK != NO_HIT).sum())
+    return out, {"candidates": candidates_found, "dropped": dropped, "kept": counts["kept"], "sources": sources}
 
 
 def _fill(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import pathlib
 from typing import Any
 
@@ -97,7 +98,7 @@ class Recipe:
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         ensemble = c.mine.retrievers.split(",")
         raw = [p for f in self.files.values() for p in _paths(f)]
-        cloze = {s: ("cloze",) if c[s].steps and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         dense = [name for name in ensemble if name != "bm25"]
         if not set(ensemble) <= {"warmup", "bm25"}:
             raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
@@ -229,6 +230,7 @@ class Recipe:
             )
         encoder = encoders.build(encoder_config)
         lengths = c.encoder.query_length, c.encoder.passage_length
+        section = _with_steps(section, len(found[0].training_set.lang_n))
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
             make_batch, shapes, sentence = sources.batch_maker(
@@ -249,7 +251,7 @@ class Recipe:
         from jdmdr import sources
 
         found = [sources.Source(training_set, 1 - section.cloze_share, section.passages_per_query)]
-        if section.steps and section.cloze_share > 0:
+        if _trains(section) and section.cloze_share > 0:
             pairs = sources.cloze(self.directory / "cloze", self.library, self.vocab_size)
             found.append(sources.Source(pairs, section.cloze_share, 1))
         return found
@@ -376,6 +378,20 @@ class Recipe:
         from jdmdr import report
 
         return report.write(self, out_dir)
+
+
+def _trains(section: ConfigDict) -> bool:
+    return bool(section.epochs if section.steps is None else section.steps)
+
+
+def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
+    """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
+    resolved = section.copy_and_resolve_references()
+    if section.steps is None:
+        share = (1 - section.cloze_share) * section.batch_size
+        with resolved.unlocked(), resolved.ignore_type():
+            resolved.steps = math.ceil(section.epochs * queries / share)
+    return resolved
 
 
 def _paths(files: Any) -> list[pathlib.Path]:

@@ -19,3 +19,9 @@ def bar(iterable: Iterable | None, what: str, unit: str, total: int | None = Non
 def say(line: str) -> None:
     """Prints a line without breaking a bar."""
     tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def close_bars() -> None:
+    """Ends the line of every open bar, so that what is printed next stands on its own."""
+    for open_bar in list(tqdm.tqdm._instances):
+        open_bar.close()

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from jdmdr.pipeline import Recipe
 
 COLUMNS = ("ndcg@10", "recall@100")
-TITLES = {"ndcg@10": "nDCG@10", "recall@100": "R@100"}
+TITLES = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100"}
 
 
 def run_and_print(config: Any, directory: pathlib.Path, flags: Any) -> None:
@@ -30,11 +30,8 @@ def run_and_print(config: Any, directory: pathlib.Path, flags: Any) -> None:
     metrics, intervals = _figures(directory)
     for split in metrics:
         print(f"\n{split}")
-        print(
-            tabulate(
-                *_table(metrics[split]["systems"], intervals[split], config.name), tablefmt="simple", stralign="right"
-            )
-        )
+        table = _table(metrics[split]["systems"], intervals[split], config.name, "\n")
+        print(tabulate(*table, tablefmt="simple", stralign="right", disable_numparse=True))
     print(f"\nreport: {directory / 'report.md'}")
     print(f"metrics: {directory / 'metrics.json'}")
     print(f"model:  {directory / 'export'}")
@@ -48,15 +45,16 @@ def _order(systems: dict, name: str) -> list[str]:
     return [s for s in ("bm25", "warmup", name, "hybrid") if s in systems]
 
 
-def _table(systems: dict, intervals: dict, name: str) -> tuple[list[list[str]], list[str]]:
+def _table(systems: dict, intervals: dict, name: str, separator: str = " ") -> tuple[list[list[str]], list[str]]:
     """Rows (languages, average, interval) and headers (system and measure)."""
     order = _order(systems, name)
-    headers = ["lang"] + [f"{system} {TITLES[measure]}" for measure in COLUMNS for system in order]
+    headers = ["lang"] + [f"{system}{separator}{TITLES[measure]}" for measure in COLUMNS for system in order]
     cells = [(system, measure) for measure in COLUMNS for system in order]
     langs = sorted({lang for s, m in cells for lang in systems[s][m]} - {"avg"})
     rows = [[lang, *(f"{systems[s][m][lang]:.3f}" for s, m in cells)] for lang in langs]
     rows.append(["average", *(f"{systems[s][m]['avg']:.3f}" for s, m in cells)])
-    rows.append(["95 %", *("{:.3f}-{:.3f}".format(*intervals[s][m]) for s, m in cells)])
+    rows.append(["95 % low", *(f"{intervals[s][m][0]:.3f}" for s, m in cells)])
+    rows.append(["95 % high", *(f"{intervals[s][m][1]:.3f}" for s, m in cells)])
     return rows, headers
 
 
@@ -80,16 +78,24 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     keys = ("steps", "best_step", "valid_ndcg@10", "skipped_updates")
     rows = [[stage, *(_short(counts[stage].get(key, "-")) for key in keys)] for stage in ("warmup", "train")]
     lines += [tabulate(rows, ["run", *keys], tablefmt="github", stralign="right", disable_numparse=True), ""]
-    lines += ["## Negatives: candidates dropped per filter rule, and where the kept ones come from", ""]
-    per_lang = counts["negatives"]["languages"]
-    rules = list(next(iter(per_lang.values())))
-    totals = [sum(counts_of[rule] for counts_of in per_lang.values()) for rule in rules]
-    rows = [[lang, *(per_lang[lang][rule] for rule in rules)] for lang in sorted(per_lang)]
-    lines += [tabulate([*rows, ["all", *totals]], ["lang", *rules], tablefmt="github"), "", "## Data", ""]
+    lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
+    lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), "", "## Data", ""]
     lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), "", "## Settings", ""]
     lines += [tabulate(sorted(_flat(c.to_dict())), ["key", "value"], tablefmt="github", disable_numparse=True), ""]
     (out_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
     return {}
+
+
+def _negatives_table(per_lang: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:
+    def row(lang: str) -> list[Any]:
+        of = per_lang[lang]
+        return [lang, of["candidates"], *(n for _, n in of["dropped"]), of["kept"], *of["sources"].values()]
+
+    rows = [row(lang) for lang in sorted(per_lang)]
+    totals = ["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])]
+    any_lang = next(iter(per_lang.values()))
+    rules = [f"- {name}" for name, _ in any_lang["dropped"]]
+    return [*rows, totals], ["lang", "candidates", *rules, "kept", *(f"from {name}" for name in any_lang["sources"])]
 
 
 def _data_table(corpus: dict[str, Any]) -> tuple[list[list[Any]], list[str]]:

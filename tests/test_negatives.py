@@ -34,7 +34,8 @@ def test_best_candidates_come_first_with_their_mined_rank_and_score(library, que
         expected = [row for row in rows[q] if row + 24 not in query.positives][:5]
         assert chosen.rows_QxN[q].tolist() == expected
         assert [rows[q][rank - 1] for rank in chosen.rank_QxN[q]] == expected
-    assert counts["positive"] == len(queries) and counts["source random"] == 0
+    assert dict(counts["dropped"])["positive"] == len(queries) and counts["sources"]["random"] == 0
+    assert counts["kept"] + len(queries) == counts["candidates"] == 24 * len(queries)
 
 
 def test_short_queries_are_filled_with_judged_then_random_passages_never_a_positive_none_twice(library, queries):
@@ -48,7 +49,7 @@ def test_short_queries_are_filled_with_judged_then_random_passages_never_a_posit
         assert set(rows[sources == negatives.JUDGED]) == judged
         assert (np.diff(sources.astype(int)) >= 0).all()
         assert (chosen.rank_QxN[q] == 0).all() and np.isnan(chosen.score_QxN[q]).all()
-    assert counts["source random"] == 10 * len(queries) - counts["source judged"]
+    assert counts["sources"]["random"] == 10 * len(queries) - counts["sources"]["judged"]
 
 
 def test_more_negatives_than_passages_leaves_places_empty(library, queries):

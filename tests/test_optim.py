@@ -59,7 +59,9 @@ def test_weight_decay_pulls_towards_zero_by_the_rate():
 
 
 def test_pattern_that_matches_nothing_is_refused_with_the_names_there_are():
-    with pytest.raises(UserError, match=r"learning_rates: 'bias' matches no parameter.*embedding, layer/kernel, weight"):
+    with pytest.raises(
+        UserError, match=r"learning_rates: 'bias' matches no parameter.*embedding, layer/kernel, weight"
+    ):
         make_optimiser(section(learning_rates=(("bias", 1.0),)), PARAMS)
 
 

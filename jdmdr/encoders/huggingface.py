@@ -14,6 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
+from jdmdr.encoders import torch_file
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.types import UserError
 
@@ -124,31 +125,36 @@ def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderCon
 
 
 def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
-    """All tensors of `model.safetensors`, or of the shards that `model.safetensors.index.json` names.
+    """All tensors of `model.safetensors`, else of `pytorch_model.bin`; or of the shards that NAME.index.json names.
 
     Raises:
-      UserError: no such file, a missing shard, or a corrupt file.
+      UserError: no such file, a missing shard, or a file that its reader refuses.
     """
-    index = directory / "model.safetensors.index.json"
-    if (directory / "model.safetensors").is_file():
-        files = ["model.safetensors"]
-    elif index.is_file():
-        files = sorted(set(read_json_file(index).get("weight_map", {}).values()))
-    else:
-        raise UserError(
-            f"{directory} holds no model.safetensors; if it has pytorch_model.bin, convert it once with transformers' "
-            "save_pretrained"
-        )
-    tensors: dict[str, np.ndarray] = {}
-    for name in files:
-        path = directory / name
-        try:
-            tensors.update(safetensors.numpy.load_file(path))
-        except FileNotFoundError:
-            raise UserError(f"{path} is missing, but {index.name} names it; fetch the checkpoint again") from None
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"{path} is no readable safetensors file ({error}); fetch it again") from error
-    return tensors
+    for whole, read in WEIGHT_FILES.items():
+        index = directory / f"{whole}.index.json"
+        if (directory / whole).is_file():
+            return read(directory / whole)
+        if index.is_file():
+            tensors: dict[str, np.ndarray] = {}
+            for shard in sorted(set(read_json_file(index).get("weight_map", {}).values())):
+                if not (directory / shard).is_file():
+                    raise UserError(f"{directory / shard} is missing, but {index.name} names it; fetch it again")
+                tensors.update(read(directory / shard))
+            return tensors
+    raise UserError(
+        f"{directory} holds neither {' nor '.join(WEIGHT_FILES)}; name a directory that holds a complete checkpoint"
+    )
+
+
+def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+    try:
+        return safetensors.numpy.load_file(path)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise UserError(f"{path} is no readable safetensors file ({error}); fetch it again") from error
+
+
+# By preference: the first that a directory has is read.
+WEIGHT_FILES = {"model.safetensors": _read_safetensors, "pytorch_model.bin": torch_file.read_state_dict}
 
 
 def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
@@ -186,7 +192,8 @@ def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        node[leaf] = jnp.asarray(tensor, jnp.float32)
+        # A copy, because on CPU jnp.asarray may share the memory of a mapped file.
+        node[leaf] = jnp.array(tensor, jnp.float32)
     return params
 
 

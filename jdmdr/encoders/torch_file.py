@@ -1,0 +1,131 @@
+"""Weights that torch saved (`pytorch_model.bin`), read without torch and without running what their pickle asks for.
+
+torch.save writes a zip archive whose members are stored, not compressed: `NAME/data.pkl` is the pickle of the state
+dict, in which each tensor is a view (offset, shape, strides) of a storage, and `NAME/data/KEY` the bytes of a storage.
+"""
+
+from __future__ import annotations
+
+import collections
+import io
+import pathlib
+import pickle
+import struct
+import zipfile
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+from jdmdr.types import UserError
+
+STORAGES = {
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "BoolStorage": np.dtype("bool"),
+    "ByteStorage": np.dtype("u1"),
+    "CharStorage": np.dtype("i1"),
+    "DoubleStorage": np.dtype("<f8"),
+    "FloatStorage": np.dtype("<f4"),
+    "HalfStorage": np.dtype("<f2"),
+    "IntStorage": np.dtype("<i4"),
+    "LongStorage": np.dtype("<i8"),
+    "ShortStorage": np.dtype("<i2"),
+}
+LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the magic number of the format before torch 1.6
+
+
+class Storage(NamedTuple):
+    """What tensors are views of: the bytes, mapped from the file, and the type of their elements."""
+
+    raw: np.ndarray
+    dtype: np.dtype
+
+
+def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The tensors of a state dict that torch.save wrote, by name.
+
+    Returns:
+      Read-only arrays over the memory-mapped file: a tensor takes no memory before it is used, and views of one storage
+      share it. bfloat16 is that of ml_dtypes.
+
+    Raises:
+      UserError: a file that is damaged, in the format before torch 1.6 or of a big-endian machine; one that holds
+        anything but tensors by name, or whose pickle asks for code (none of it is run).
+    """
+    path = pathlib.Path(path)
+    try:
+        with open(path, "rb") as file:
+            if file.read(len(LEGACY_START)) == LEGACY_START:
+                raise UserError(
+                    f"{path} is in torch's format from before version 1.6; convert it once where torch is installed: "
+                    "torch.save(torch.load(PATH, weights_only=True), PATH)"
+                )
+        members = _map_members(path)
+        if bytes(members.get("byteorder", b"little")) != b"little":
+            raise UserError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
+        state = _Unpickler(path, members).load()
+    except UserError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        raise UserError(f"{path} is no readable torch file ({error}); fetch it again") from error
+    if not isinstance(state, dict):
+        raise UserError(f"{path} holds a {type(state).__name__}; only a state dict, tensors by name, can be read")
+    for name, value in state.items():
+        if not (isinstance(name, str) and isinstance(value, np.ndarray)):
+            raise UserError(
+                f"{path} holds a {type(value).__name__} under {name!r}; only a state dict, tensors by name, can be read"
+            )
+    return dict(state)
+
+
+def _map_members(path: pathlib.Path) -> dict[str, np.ndarray]:
+    """The bytes of each member of the archive, mapped, by its name without the top directory."""
+    file = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    members = {}
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            if member.compress_type != zipfile.ZIP_STORED:
+                raise UserError(f"{path} is a compressed archive, which torch.save does not write; fetch it again")
+            # The local header's fields may be longer than those of the directory: torch aligns storages by them.
+            name_bytes, extra_bytes = struct.unpack_from("<26x2H", file, member.header_offset)
+            start = member.header_offset + 30 + name_bytes + extra_bytes
+            members[member.filename.partition("/")[2]] = file[start : start + member.file_size]
+    return members
+
+
+class _Unpickler(pickle.Unpickler):
+    """Admits tensors and dictionaries; what a pickle may call is only what `find_class` returns."""
+
+    def __init__(self, path: pathlib.Path, members: dict[str, np.ndarray]):
+        super().__init__(io.BytesIO(members["data.pkl"]))
+        self.path, self.members = path, members
+
+    def find_class(self, module: str, name: str) -> Any:
+        match module, name:
+            case "collections", "OrderedDict":
+                return collections.OrderedDict
+            # Bound methods, because a pickle could set attributes (defaults, say) of a plain function.
+            case "torch._utils", "_rebuild_tensor_v2":
+                return self._tensor
+            case "torch._utils", "_rebuild_parameter":
+                return self._parameter
+            case "torch", _ if name in STORAGES:
+                return name
+        raise UserError(
+            f"{self.path} asks to load {module}.{name}, which a state dict of plain tensors does not need; nothing of "
+            "it was run: if you trust the file, save its state dict as model.safetensors where torch is installed"
+        )
+
+    def persistent_load(self, pid: tuple[str, str, str, str, int]) -> Storage:
+        _kind, storage, key, _device, _elements = pid
+        if f"data/{key}" not in self.members:
+            raise pickle.UnpicklingError(f"its pickle names a storage data/{key} that it lacks")
+        return Storage(self.members[f"data/{key}"], STORAGES[storage])
+
+    def _tensor(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *_requires_grad_and_hooks):
+        size = storage.dtype.itemsize
+        # np.ndarray refuses a view that leaves its buffer.
+        return np.ndarray(shape, storage.dtype, storage.raw, offset * size, [stride * size for stride in strides])
+
+    def _parameter(self, tensor: np.ndarray, *_requires_grad_and_hooks) -> np.ndarray:
+        return tensor

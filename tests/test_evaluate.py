@@ -1,0 +1,183 @@
+import json
+import math
+
+import numpy as np
+import pytest
+
+from jdmdr import evaluate, metrics
+from jdmdr.corpus import passage_text
+from jdmdr.index.fusion import fuse
+from jdmdr.library import Library
+from jdmdr.mine import Retriever
+from jdmdr.types import Hits
+
+SYSTEMS = ("bm25", "warmup", "dmdr")
+
+
+def retriever(finished):
+    return lambda system, lang, split: finished._retriever(system, lang, split, "exact")
+
+
+def run(finished, out_dir, library=None, training=None, retrievers=None, **changes):
+    keys = finished.config.evaluate.copy_and_resolve_references().unlock()
+    keys.update(changes)
+    out_dir.mkdir(exist_ok=True)
+    return evaluate.evaluate(
+        library or finished.library, finished.training if training is None else training, SYSTEMS,
+        retrievers or retriever(finished), keys, 0, out_dir,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(finished, tmp_path_factory):
+    """(counts, directory, metrics.json)"""
+    out_dir = tmp_path_factory.mktemp("evaluated")
+    counts = run(finished, out_dir)
+    return counts, out_dir, json.loads((out_dir / "metrics.json").read_text())
+
+
+def ndcg_and_recall(qrels, ranking):
+    """Of one query, from its docids in order; relevance counts linearly, as in trec_eval."""
+    gains = [qrels.get(docid, 0) for docid in ranking[:10]]
+    ideal = sorted(qrels.values(), reverse=True)[:10]
+    dcg, best = (sum(g / math.log2(i + 2) for i, g in enumerate(gs)) for gs in (gains, ideal))
+    relevant = {docid for docid, rel in qrels.items() if rel > 0}
+    return dcg / best if best else 0.0, len(relevant & set(ranking[:100])) / len(relevant) if relevant else 0.0
+
+
+def rankings(path):
+    """qid -> docids by descending float32 score, docid descending among equals, read without the library."""
+    hits = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        qid, _, docid, _, score, _ = line.split()
+        hits.setdefault(qid, []).append((np.float32(score), docid))
+    return {qid: [docid for _, docid in sorted(found, reverse=True)] for qid, found in hits.items()}
+
+
+def test_metrics_are_those_computed_by_hand_from_the_runs(finished, evaluated):
+    _, out_dir, table = evaluated
+    assert sorted(table) == ["dev", "test"]
+    for split, of_split in table.items():
+        assert sorted(of_split) == ["systems"] and sorted(of_split["systems"]) == ["bm25", "dmdr", "hybrid", "warmup"]
+        for system, of_system in of_split["systems"].items():
+            means = {}
+            for lang in ("en", "sw"):
+                qrels = finished.library.qrels(lang, split)
+                found = rankings(out_dir / f"{split}.{system}.{lang}.trec")
+                values = np.array([ndcg_and_recall(qrels[qid], found.get(qid, [])) for qid in qrels])
+                means[lang] = values.mean(axis=0)
+            for column, measure in enumerate(("ndcg@10", "recall@100")):
+                assert sorted(of_system[measure]) == ["avg", "en", "sw"]
+                for lang, mean in means.items():
+                    assert of_system[measure][lang] == pytest.approx(mean[column], abs=1e-6)
+                average = (means["en"][column] + means["sw"][column]) / 2
+                assert of_system[measure]["avg"] == pytest.approx(average, abs=1e-6)
+
+
+def test_bm25_run_is_the_ranking_of_its_searcher(finished, evaluated):
+    from jdmdr.index.bm25 import Bm25Searcher
+
+    collection = finished.library.collections[1]
+    searcher = Bm25Searcher([passage_text(collection.passage(row)) for row in range(len(collection))])
+    qids, texts = finished.library.queries("sw", "test")
+    written = metrics.read_run(evaluated[1] / "test.bm25.sw.trec")
+    for qid, rows_K, scores_K in zip(qids, *searcher.search(texts, 24), strict=True):
+        hits = {collection.docid(row): score for row, score in zip(rows_K, scores_K, strict=True) if row >= 0}
+        assert written.get(qid, {}) == pytest.approx(hits)
+
+
+def test_intervals_hold_their_averages(evaluated):
+    intervals = json.loads((evaluated[1] / "intervals.json").read_text())
+    for split, of_split in evaluated[2].items():
+        for system, of_system in of_split["systems"].items():
+            for measure in ("ndcg@10", "recall@100"):
+                low, high = intervals[split][system][measure]
+                assert 0 <= low <= of_system[measure]["avg"] <= high <= 1
+
+
+def test_same_input_gives_the_same_bytes(finished, evaluated, tmp_path):
+    assert run(finished, tmp_path) == evaluated[0]
+    for path in evaluated[1].iterdir():
+        assert (tmp_path / path.name).read_bytes() == path.read_bytes()
+
+
+# --- the weight of the hybrid ----------------------------------------------------------------------------------------
+
+
+def test_weight_is_chosen_on_the_held_out_queries_by_the_one_standard_error_rule(finished, evaluated):
+    """Searched here language by language, and judged by hand."""
+
+    def score(weight):
+        means, variance = [], 0
+        for index, lang in enumerate(("en", "sw")):
+            queries = [q for q in finished.training if q.held_out and q.lang == index]
+            first = sum(len(finished.library.queries(before, "train")[0]) for before in ("en", "sw")[:index])
+            rows = np.array([q.row - first for q in queries])
+            dense, lexical = (retriever(finished)(s, lang, "train").search(rows, 24) for s in ("dmdr", "bm25"))
+            fused = fuse([dense, lexical], finished.config.evaluate.hybrid, [weight, 1 - weight], 24)
+            values = []
+            for query, found in zip(queries, fused.rows_QxK, strict=True):
+                qrels = {str(row - finished.library.bases[index]): 1 for row in query.positives}
+                values.append(ndcg_and_recall(qrels, [str(row) for row in found if row >= 0])[0])
+            means.append(np.mean(values))
+            variance += np.var(values) / len(values)
+        return np.mean(means), np.sqrt(variance) / 2
+
+    scores = {weight: score(weight) for weight in np.round(np.arange(0, 1.01, 0.05), 2)}
+    best, error = max(scores.values())
+    good = [weight for weight, (mean, _) in scores.items() if mean >= best - error]
+    distance = min(abs(weight - 0.5) for weight in good)
+    assert evaluated[0]["hybrid_weight"] in [w for w in good if abs(w - 0.5) == pytest.approx(distance)]
+
+
+def test_dev_and_test_judgments_have_no_say_in_the_weight(finished, evaluated, tmp_path):
+    class Scrambled(Library):
+        def qrels(self, lang, split):
+            found = super().qrels(lang, split)
+            if split == "train":
+                return found
+            return dict(zip(found, reversed(found.values()), strict=True))
+
+    counts = run(finished, tmp_path, Scrambled(finished.library.directory))
+    assert counts["hybrid_weight"] == evaluated[0]["hybrid_weight"]
+    assert json.loads((tmp_path / "metrics.json").read_text()) != evaluated[2]
+
+
+def test_held_out_queries_decide_the_weight(finished, tmp_path):
+    """A retriever that is right about them, and wrong about all others, gets all of it."""
+    positives = {}
+    for query in finished.training:
+        positives[finished.library.langs[query.lang], query.qid] = query.positives - finished.library.bases[query.lang]
+
+    def retrievers(system, lang, split):
+        qids, _ = finished.library.queries(lang, split)
+
+        def search(rows, k):
+            if split != "train" or system != "dmdr":
+                right = np.full((len(rows), 1), 23)
+            else:
+                right = np.array([positives[lang, qids[row]][:1] for row in rows])
+            return Hits(right, np.ones(right.shape, np.float32))
+
+        return Retriever(search, None)
+
+    assert run(finished, tmp_path, retrievers=retrievers, hybrid="rrf")["hybrid_weight"] > 0.5
+
+
+def test_weight_is_a_half_where_nothing_is_held_out(finished, tmp_path):
+    assert run(finished, tmp_path, training=[q for q in finished.training if not q.held_out])["hybrid_weight"] == 0.5
+
+
+def test_language_without_judged_queries_is_left_out_of_the_average(finished, evaluated, tmp_path, capsys):
+    class Unjudged(Library):
+        def qrels(self, lang, split):
+            return {} if (lang, split) == ("sw", "dev") else super().qrels(lang, split)
+
+    run(finished, tmp_path, Unjudged(finished.library.directory))
+    table = json.loads((tmp_path / "metrics.json").read_text())
+    for system, of_system in table["dev"]["systems"].items():
+        for measure, values in of_system.items():
+            english = evaluated[2]["dev"]["systems"][system][measure]["en"]
+            assert values == {"avg": english, "en": english}
+    assert table["test"] == evaluated[2]["test"]
+    assert "sw has no judged dev query: left out" in capsys.readouterr().err
