@@ -19,7 +19,7 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-from absl import flags
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from jdmdr import progress
@@ -57,6 +57,7 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
             print(_help(doc))
             sys.exit(0)
         config = _parse(values)
+        logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of what it raises again
         from jdmdr import workdir  # after --help, which should not wait for heavy imports
 
         directory = pathlib.Path(values.workdir)

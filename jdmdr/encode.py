@@ -8,20 +8,27 @@ shards that are missing.
 
 from __future__ import annotations
 
+import functools
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jdmdr import parallel, progress
+from jdmdr import parallel
 from jdmdr.types import Tokens
 from jdmdr.workdir import atomic
 
-WIDTHS = (16, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
-TOKENS_PER_BLOCK = 16_384  # padded tokens of one call, on each device
+WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+# Padded tokens of one call on each device: enough to keep it busy, few enough that a small corpus is not mostly padding.
+TOKENS_PER_BLOCK = {"cpu": 2048, "gpu": 32_768, "tpu": 32_768}
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled(encoder: Any) -> Callable:
+    """One compiled function an encoder, so that validation and the stages of a pipeline share its shapes."""
+    return jax.jit(encoder.apply)
 
 
 class Embedder:
@@ -30,7 +37,8 @@ class Embedder:
     def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int):
         self._mesh = mesh
         self._widths = [w for w in WIDTHS if w < max_length] + [max_length]
-        self._apply = jax.jit(lambda params, tokens: encoder.apply(params, tokens).astype(jnp.float32))
+        self._tokens_per_block = TOKENS_PER_BLOCK.get(jax.default_backend(), TOKENS_PER_BLOCK["gpu"])
+        self._apply = _compiled(encoder)
 
     def blocks(self, lengths: np.ndarray) -> Iterator[tuple[np.ndarray, int, int]]:
         """(positions, width, rows to pad to) of each block; positions sorted by length, longest first."""
@@ -39,7 +47,7 @@ class Embedder:
         start = 0
         while start < len(order):
             width = next(w for w in self._widths if w >= min(lengths[order[start]], self._widths[-1]))
-            rows = max(1, TOKENS_PER_BLOCK // width) * devices
+            rows = max(1, self._tokens_per_block // width) * devices
             yield order[start : start + rows], width, rows
             start += rows
 
@@ -95,10 +103,6 @@ def gather_rows(blocks: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
         own = part == i
         out[own] = blocks[i][rows[own] - bases[i]]
     return out
-
-
-def encode_count(total: int) -> Any:
-    return progress.bar(None, "  encoding", "texts", total=total)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """Exports an encoder as a directory that sentence-transformers loads, and checks what was written.
 
+    python -m jdmdr.export --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+
 A transformer is a Hugging Face checkpoint with Pooling and Normalize modules; a static encoder is a StaticEmbedding
 with its token weights folded into the rows.
 """
@@ -211,3 +213,9 @@ def _encode_transformer(directory: pathlib.Path, ids: Sequence[Sequence[int]]) -
     with jax.default_matmul_precision("highest"):
         parts = [apply(params, Tokens(*(x[i : i + BATCH] for x in block))) for i in range(0, len(ids), BATCH)]
     return np.concatenate(parts)
+
+
+if __name__ == "__main__":
+    from jdmdr import pipeline
+
+    pipeline.command("export", __doc__)

@@ -1,5 +1,7 @@
 """The negatives store: versioned, id-based, one for every method; training JSONL with texts is an export of it.
 
+    python -m jdmdr.negatives --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+
     negatives/v00000/{lang}.qids.txt      one query id a line
     negatives/v00000/{lang}.rows.npy      int64 [Q, N], rows of the language's collection, best first
     negatives/v00000/{lang}.rank.npy      int32 [Q, N], rank in the mined list from 1; 0 for what was filled in
@@ -146,3 +148,9 @@ def training_rows(
                 for n in places
             ],
         }
+
+
+if __name__ == "__main__":
+    from jdmdr import pipeline
+
+    pipeline.command("negatives", __doc__)

@@ -2,8 +2,8 @@
 
     python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
 
-`python -m jdmdr.STAGE` brings one stage, and what it needs, up to date: corpus, tokens, warmup, bm25, embeddings, mine,
-negatives, topics, train, evaluate, export.
+`python -m jdmdr.STAGE` brings one stage, and what it needs, up to date: tokenizer, mine, negatives, topics, train, encode,
+evaluate, export.
 """
 
 from __future__ import annotations

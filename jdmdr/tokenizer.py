@@ -1,5 +1,7 @@
 """Text to token ids: any Hugging Face tokenizer, or a Unigram one trained on the corpus; and the token store on disk.
 
+    python -m jdmdr.tokenizer --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
+
 A store holds one ragged array per language and side (`{lang}.ids.bin`, `{lang}.offsets.npy`), memory-mapped, so that
 every text is tokenised once whatever is trained on it.
 """
@@ -224,3 +226,9 @@ class TokenStore:
 
 def _memmap(path: pathlib.Path, dtype) -> np.ndarray:
     return np.memmap(path, dtype, "r") if path.stat().st_size else np.empty(0, dtype)
+
+
+if __name__ == "__main__":
+    from jdmdr import pipeline
+
+    pipeline.command("tokens", __doc__)

@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 import numpy as np
-import tensorboardX
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
 
 from jdmdr import batches, models, parallel, progress, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
@@ -157,14 +159,17 @@ class _Log:
                     kept.append(line + "\n")
         workdir.write_text(path, "".join(kept))
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
-        self._board = tensorboardX.SummaryWriter(str(out_dir / "tensorboard"), purge_step=last + 1, write_to_disk=True)
+        # The SummaryWriter of tensorboardX writes in a thread; a full disk ends that and the run waits for it for ever.
+        (out_dir / "tensorboard").mkdir(exist_ok=True)
+        self._board = EventsWriter(str(out_dir / "tensorboard" / "events"))
+        self._board.write_event(Event(step=last + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
         self._file.write(json.dumps({"step": step, **figures}, sort_keys=True) + "\n")
         self._file.flush()
-        for name, value in figures.items():
-            if isinstance(value, (int, float)):
-                self._board.add_scalar(name, value, step)
+        values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
+        self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
+        self._board.flush()
 
     def validation(self, step: int, score: float | None) -> None:
         if score is not None:

@@ -77,7 +77,7 @@ def test_every_row_stands_in_one_block_that_is_wide_enough(embedder):
     blocks = list(embedder.blocks(lengths))
     assert sorted(np.concatenate([positions for positions, _, _ in blocks])) == list(range(5000))
     for positions, width, rows in blocks:
-        assert len(positions) <= rows and width * rows <= encode.TOKENS_PER_BLOCK
+        assert len(positions) <= rows and width * rows <= encode.TOKENS_PER_BLOCK["cpu"]
         assert width >= min(lengths[positions].max(), MAX_LENGTH)
 
 

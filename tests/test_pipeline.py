@@ -186,6 +186,7 @@ def assert_stopped(process, code):
     assert "Traceback" not in err and err.endswith("; the same command goes on from here\n")
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_is_told_and_deleting_it_is_enough(root, undisturbed, tmp_path):
     directory = tmp_path / "w"
     shutil.copytree(undisturbed[0], directory)
@@ -202,6 +203,7 @@ def test_damaged_checkpoint_is_told_and_deleting_it_is_enough(root, undisturbed,
     assert_same_artefacts(directory, undisturbed[0])
 
 
+@pytest.mark.slow
 def test_full_disk_is_told_and_room_is_enough_to_go_on(root, undisturbed, tmp_path):
     mount = tmp_path / "disk"
     mount.mkdir()

@@ -31,8 +31,8 @@ def table(text):
 @pytest.mark.parametrize("split", ["dev", "test"])
 def test_table_holds_the_figures_of_the_metrics(written, metrics, split):
     headers, rows = table(section(written, split))
-    assert [row[0] for row in rows] == ["en", "sw", "average", "95 %"]
-    measures = {"nDCG@10": "ndcg@10", "R@100": "recall@100"}
+    assert [row[0] for row in rows] == ["en", "sw", "average", "95 % low", "95 % high"]
+    measures = {report.TITLES[measure]: measure for measure in ("ndcg@10", "recall@100")}
     assert headers[1:] == [f"{s} {m}" for m in measures for s in ("bm25", "warmup", "dmdr", "hybrid")]
     for row in rows[:3]:
         for header, cell in zip(headers[1:], row[1:], strict=True):
@@ -45,8 +45,13 @@ def test_filter_counts_are_those_of_the_selection(finished, written):
     counts = workdir.counts_of(finished.directory, "negatives")["languages"]
     headers, rows = table(section(written, "Negatives"))
     found = {row[0]: dict(zip(headers[1:], map(int, row[1:]), strict=True)) for row in rows}
-    assert {lang: found[lang] for lang in counts} == counts
-    assert found["all"] == {rule: sum(of[rule] for of in counts.values()) for rule in counts["en"]}
+    assert sorted(found) == ["all", "en", "sw"]
+    for lang, of in counts.items():
+        rules = {f"- {rule}": dropped for rule, dropped in of["dropped"]}
+        sources = {f"from {name}": kept for name, kept in of["sources"].items()}
+        assert found[lang] == {"candidates": of["candidates"], **rules, "kept": of["kept"], **sources}
+        assert of["candidates"] - sum(rules.values()) == of["kept"] == sources["from retrieval"]
+    assert found["all"] == {name: found["en"][name] + found["sw"][name] for name in found["en"]}
 
 
 def test_settings_are_all_there_with_the_values_that_ran(finished, written):

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO, tiny_config
+from tensorboardX.proto.event_pb2 import Event
 
 from jdmdr import encoders, models, objectives, sources
 from jdmdr import train as loop
@@ -78,6 +80,22 @@ def test_log_has_every_step_and_every_validation_once(straight):
     trained = {step: score for step, score in scores.items() if step}
     assert counts["best_step"] == max(trained, key=lambda step: (trained[step], -step))
     assert counts["valid_ndcg@10"] == trained[counts["best_step"]] and counts["steps"] == STEPS
+
+
+def test_tensorboard_holds_the_figures_of_the_log(recipe, tmp_path):
+    small_run(recipe, tmp_path, lambda params: 0.5, log_every=1)
+    (path,) = (tmp_path / "tensorboard").iterdir()
+    data, events = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("Q", data[:8])
+        events.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    found = [(e.step, {v.tag: v.simple_value for v in e.summary.value}) for e in events if e.summary.value]
+    expected = [(line.pop("step"), line) for line in read_log(tmp_path)]
+    assert len(found) == len(expected) == 6 + 4
+    for (step, figures), (wanted_step, wanted) in zip(found, expected, strict=True):
+        figures.pop("time", None)
+        assert step == wanted_step and figures == pytest.approx(wanted)
 
 
 def test_parameters_of_the_best_validation_are_returned(recipe, tmp_path):
