@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import pathlib
 import shutil
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tabulate import tabulate
 
 from jdmdr import workdir
 
 if TYPE_CHECKING:
-    from jdmdr.pipeline import Recipe
+    from jdmdr.recipe import Recipe
 
 COLUMNS = ("ndcg@10", "recall@100")
 TITLES = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100"}
 
 
-def run_and_print(config: Any, directory: pathlib.Path, flags: Any) -> None:
-    """The pipeline command: all stages, then the table and where everything lies."""
-    from jdmdr import pipeline
-
-    pipeline.run(config, directory, "report", flags.redo)
-    for source, name in (("evaluate/metrics.json", "metrics.json"), ("report/report.md", "report.md")):
-        with workdir.atomic(directory / name) as path:
+def publish(name: str, directory: pathlib.Path) -> None:
+    """Puts metrics and report where a person looks for them, and prints the table."""
+    for source in ("evaluate/metrics.json", "report/report.md"):
+        with workdir.atomic(directory / pathlib.Path(source).name) as path:
             shutil.copyfile(directory / source, path)
     metrics, intervals = _figures(directory)
     for split in metrics:
         print(f"\n{split}")
-        table = _table(metrics[split]["systems"], intervals[split], config.name, "\n")
+        table = _table(metrics[split]["systems"], intervals[split], name, "\n")
         print(tabulate(*table, tablefmt="simple", stralign="right", disable_numparse=True))
-    print(f"\nreport: {directory / 'report.md'}")
+    print(f"\nreport:  {directory / 'report.md'}")
     print(f"metrics: {directory / 'metrics.json'}")
-    print(f"model:  {directory / 'export'}")
+    print(f"model:   {directory / 'export'}")
 
 
 def _figures(directory: pathlib.Path) -> tuple[dict, dict]:
@@ -68,7 +63,12 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     lines = [f"# {c.name}: report", ""]
     for split in metrics:
         rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
-        lines += [f"## {split}", "", tabulate(rows, headers, tablefmt="github", stralign="right"), ""]
+        lines += [
+            f"## {split}",
+            "",
+            tabulate(rows, headers, tablefmt="github", stralign="right", disable_numparse=True),
+            "",
+        ]
     lines += [
         "Averages are over languages, unweighted; the 95 % interval is a bootstrap over queries within each language.",
         f"The hybrid gives the encoder's score the weight {counts['evaluate']['hybrid_weight']:g} and BM25's the rest, "
@@ -118,40 +118,8 @@ def _flat(config: dict[str, Any], prefix: str = ""):
             yield prefix + key, "off" if value is None else repr(value)
 
 
-# --- export ----------------------------------------------------------------------------------------------------------
-
-
-def export_with_card(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
-    """Exports the trained encoder with a model card and checks that what was written gives the same embeddings."""
-    import jax
-
-    from jdmdr import encode, encoders, export
-    from jdmdr.corpus import passage_text
-
-    c, directory = recipe.config, recipe.directory
-    encoder_config, params = recipe._model("train")
-    prompts = {"query": c.encoder.query_prompt, "passage": c.encoder.passage_prompt}
-    exported = out_dir.with_name(".export.partial")
-    export.export(
-        encoder_config, params, directory / "tokenizer", exported, prompts=prompts, max_length=c.encoder.passage_length,
-        similarity="cosine" if encoder_config.normalize else "dot", card=_card(recipe, encoder_config),
-    )  # fmt: skip
-    collection = recipe.library.collections[0]
-    rows = np.arange(min(32, len(collection)))
-    texts = [passage_text(collection.passage(int(row))) for row in rows]
-    wide = encoders.build(dataclasses.replace(encoder_config, dtype="float32"))
-    with jax.default_matmul_precision("highest"):
-        embedder = encode.Embedder(wide, recipe.mesh, c.encoder.passage_length)
-        vectors = embedder.embed(params, recipe.stores.passages, rows)
-    export.check_parity(
-        exported, [prompts["passage"] + text for text in texts], vectors, max_length=c.encoder.passage_length
-    )
-    shutil.copytree(exported, out_dir, dirs_exist_ok=True)
-    shutil.rmtree(exported)
-    return {"encoder": encoder_config.kind, "texts_checked": len(texts)}
-
-
-def _card(recipe: Recipe, encoder_config: Any) -> str:
+def model_card(recipe: Recipe, encoder_config: Any) -> str:
+    """The README.md of the export."""
     c = recipe.config
     metrics, intervals = _figures(recipe.directory)
     langs = sorted(workdir.counts_of(recipe.directory, "corpus"))
@@ -183,5 +151,10 @@ def _card(recipe: Recipe, encoder_config: Any) -> str:
     ]  # fmt: skip
     for split in metrics:
         rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
-        lines += [f"## {split}", "", tabulate(rows, headers, tablefmt="github", stralign="right"), ""]
+        lines += [
+            f"## {split}",
+            "",
+            tabulate(rows, headers, tablefmt="github", stralign="right", disable_numparse=True),
+            "",
+        ]
     return "\n".join(lines)

@@ -140,8 +140,8 @@ class Tokenizer:
         return [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch_fast(cut)]
 
 
-def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.Path, lang: str) -> dict[str, int]:
-    """Tokenises `texts` into the store; returns its counts. Nothing is there until all of it is."""
+def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.Path, lang: str) -> None:
+    """Tokenises `texts` into the store. Nothing is there until all of it is."""
     width = np.dtype(np.uint16 if tokenizer.vocab_size < 1 << 16 else np.uint32)
     offsets = [np.zeros(1, np.int64)]
     total = 0
@@ -154,7 +154,6 @@ def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.
             total = int(ends[-1])
     with atomic(directory / f"{lang}.offsets.npy") as path, open(path, "wb") as handle:
         np.save(handle, np.concatenate(offsets))
-    return {"texts": sum(map(len, offsets)) - 1, "tokens": total}
 
 
 def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:

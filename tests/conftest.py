@@ -63,11 +63,12 @@ def data_root(tmp_path):
 def finished(tmp_path_factory):
     """The recipe of a whole pipeline that ran on such a copy; to be read only."""
     from jdmdr import pipeline
+    from jdmdr.recipe import Recipe
 
     directory = tmp_path_factory.mktemp("finished")
     config = tiny_config(_data_root(directory / "data"))
     pipeline.run(config, directory / "workdir", "report")
-    return pipeline.Recipe(config, directory / "workdir")
+    return Recipe(config, directory / "workdir")
 
 
 def tiny_config(root):

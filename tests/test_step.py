@@ -120,7 +120,7 @@ def run_steps(directory, root, steps=3):
     """The real parts on whatever devices there are: batches with mined negatives, the weighted objective, the mesh."""
     from conftest import tiny_config
 
-    from jdmdr.pipeline import Recipe
+    from jdmdr.recipe import Recipe
 
     recipe = Recipe(tiny_config(root), directory)
     c, mesh = recipe.config, recipe.mesh

@@ -18,7 +18,7 @@ from jdmdr import train as loop
 from jdmdr.checkpoint import Checkpoints
 from jdmdr.cli import EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
 from jdmdr.optim import make_optimiser
-from jdmdr.pipeline import Recipe
+from jdmdr.recipe import Recipe
 from jdmdr.step import init_state
 from jdmdr.types import UserError
 
@@ -265,6 +265,7 @@ def test_sigterm_to_the_command_exits_143_and_the_same_command_goes_on(finished,
     assert steps == list(range(1, reached[1] + 1))
 
 
+@pytest.mark.slow
 def test_updates_that_are_never_finite_stop_the_run_in_a_sentence_and_keep_the_checkpoints(
     finished, untrained, command
 ):

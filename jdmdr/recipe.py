@@ -1,0 +1,364 @@
+"""A recipe bound to a working directory: its stages, what each reads and writes, and which settings it depends on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from jdmdr import (
+    corpus,
+    datasets,
+    encode,
+    encoders,
+    evaluate,
+    export,
+    mine,
+    models,
+    negatives,
+    objectives,
+    parallel,
+    progress,
+    report,
+    sources,
+    tokenizer,
+    topics,
+    train,
+    validate,
+    workdir,
+)  # fmt: skip
+from jdmdr.index.bm25 import Bm25Searcher
+from jdmdr.library import Library
+from jdmdr.tokenizer import Tokenizer, TokenStore
+from jdmdr.train import VOLATILE
+from jdmdr.types import UserError
+from jdmdr.workdir import Stage
+
+PARITY_TEXTS = 32  # passages that the export is checked on
+
+
+class Recipe:
+    """A config bound to a working directory: its stages and what they share."""
+
+    def __init__(self, config: ConfigDict, directory: pathlib.Path):
+        self.config, self.directory = config, directory
+
+    # --- what the stages share -----------------------------------------------------------------------------------
+
+    @functools.cached_property
+    def files(self) -> dict[str, Any]:
+        return datasets.discover(pathlib.Path(self.config.data.root), self.config.data.langs)
+
+    @functools.cached_property
+    def library(self):
+        return Library(self.directory / "corpus")
+
+    @functools.cached_property
+    def training(self):
+        queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
+        if not any(not q.held_out for q in queries):
+            raise UserError(
+                f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
+                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv"
+            )
+        return queries
+
+    @functools.cached_property
+    def mesh(self):
+        return parallel.data_mesh()
+
+    @functools.cached_property
+    def _from_scratch(self) -> bool:
+        return not self.config.encoder.name
+
+    # --- stages --------------------------------------------------------------------------------------------------
+
+    def stages(self) -> list[Stage]:
+        """All stages in order. Settings hold the config keys that a stage depends on, and no paths."""
+        c = self.config
+        plain = c.to_dict()
+        lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
+        split = {"valid_share": c.data.valid_share, "seed": c.seed}
+        ensemble = c.mine.retrievers.split(",")
+        raw = [p for f in self.files.values() for p in _paths(f)]
+        cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        dense = [name for name in ensemble if name != "bm25"]
+        if not set(ensemble) <= {"warmup", "bm25"}:
+            raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
+        return [
+            Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
+            Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
+            Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
+            *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
+                    ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]}],
+            Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
+                  ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
+            Stage("bm25", self.index_bm25, {}, ("corpus",)),
+            Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
+            Stage("mine", self.mine, {**plain["mine"], **split},
+                  ("corpus", *(["bm25"] if "bm25" in ensemble else []), *(["embeddings-warmup"] if dense else []))),
+            Stage("negatives", self.select_negatives,
+                  {"filters": plain["filters"], "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
+            Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
+            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
+                  ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
+            Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
+            Stage("evaluate", self.evaluate, {"name": c.name, **plain["evaluate"], **split},
+                  ("corpus", "bm25", "embeddings-warmup", "embeddings")),
+            Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
+            Stage("report", self.report, {}, ("corpus", "negatives", "train", "evaluate", "export")),
+        ]  # fmt: skip
+
+    def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        counts = {}
+        for lang, files in progress.bar(self.files.items(), "  reading", "languages", total=len(self.files)):
+            if not (out_dir / lang).exists():
+                partial = out_dir / f".{lang}.partial"
+                _empty(partial)
+                report = corpus.ingest(lang, files, partial)
+                workdir.write_json(partial / "report.json", dataclasses.asdict(report))
+                partial.rename(out_dir / lang)
+            counts[lang] = workdir.read_json(out_dir / lang / "report.json")
+            for warning in counts[lang].get("warnings", ()):
+                progress.say(f"  warning: {warning}")
+        return counts
+
+    def make_tokenizer(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        name = c.tokenizer.name or c.encoder.name
+        if name:
+            tokenizer.copy_pretrained(name, out_dir)
+        else:
+            texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
+            tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
+        made = tokenizer.Tokenizer(out_dir, 8)
+        if self._from_scratch and made.special_tokens:
+            raise UserError(
+                f"tokenizer.name {name!r} puts {made.special_tokens} special tokens around a text, and the from-scratch "
+                "encoder has no use for them; leave tokenizer.name empty, or name an encoder with encoder.name"
+            )
+        return {"vocab_size": made.vocab_size}
+
+    def _languages(self) -> list[tuple[str, corpus.Collection]]:
+        return list(zip(self.library.langs, self.library.collections, strict=True))
+
+    def _texts(self, collection: corpus.Collection) -> Iterator[str]:
+        return (corpus.passage_text(collection.passage(row)) for row in range(len(collection)))
+
+    def _tokenizer(self, side: str):
+        encoder = self.config.encoder
+        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
+
+    def tokenize(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        splits = ["train", *self.library.judged_splits()]
+        for lang, collection in progress.bar(self._languages(), "  tokenising", "languages"):
+            work = {"passages": ("passage", self._texts(collection))}
+            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in splits}
+            for name, (side, texts) in work.items():
+                if not tokenizer.has_tokens(out_dir / name, lang):
+                    tokenizer.write_tokens(self._tokenizer(side), texts, out_dir / name, lang)
+        return {}
+
+    def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        tokenizers = self._tokenizer("query"), self._tokenizer("passage")
+        return {
+            lang: sources.write_cloze(self.library, index, c.data.cloze_per_lang, c.seed, out_dir, *tokenizers)
+            for index, lang in enumerate(self.library.langs)
+        }
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return workdir.counts_of(self.directory, "tokenizer")["vocab_size"]
+
+    @functools.cached_property
+    def stores(self):
+        return sources.open_stores(self.directory / "tokens", self.library, self.vocab_size)
+
+    def _first_encoder(self):
+        """The encoder and its parameters before any training."""
+        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed)
+
+    def _model(self, stage: str):
+        """The encoder and the parameters that a training stage ended with."""
+        return models.load(self.directory / stage)
+
+    def _run_training(
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int
+    ):
+        c = self.config
+        if section.objective.name not in objectives.OBJECTIVES:
+            raise UserError(
+                f"objective.name is {section.objective.name!r}; there are {', '.join(objectives.OBJECTIVES)}"
+            )
+        encoder = encoders.build(encoder_config)
+        lengths = c.encoder.query_length, c.encoder.passage_length
+        section = _with_steps(section, len(found[0].training_set.lang_n))
+        make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
+        if section.steps:
+            make_batch, shapes, sentence = sources.batch_maker(
+                found, section, c.weights, lengths, self.mesh.devices.size, c.seed, len(self.library.langs), topics
+            )
+        progress.say(f"  {sentence}")
+        validation = validate.make_validation(
+            self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
+        )
+        objective = objectives.OBJECTIVES[section.objective.name](section.objective, self.mesh)
+        params, counts = train.train(
+            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
+        )
+        return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
+
+    def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
+        """The section's sources: its training set, and inverse-cloze pairs where it wants them."""
+        found = [sources.Source(training_set, 1 - section.cloze_share, section.passages_per_query)]
+        if _trains(section) and section.cloze_share > 0:
+            pairs = sources.cloze(self.directory / "cloze", self.library, self.vocab_size)
+            found.append(sources.Source(pairs, section.cloze_share, 1))
+        return found
+
+    def warm_up(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        section = self.config.warmup
+        encoder_config, params = self._first_encoder()
+        found = self._with_cloze(sources.pairs(self.training, self.stores), section)
+        return self._run_training(out_dir, section, encoder_config, params, found, topics=1)
+
+    def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        for lang, collection in progress.bar(self._languages(), "  indexing", "languages"):
+            Bm25Searcher(self._texts(collection)).save(out_dir / lang)
+        return {}
+
+    def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        encoder_config, params = self._model(stage)
+        encoder = encoders.build(encoder_config)
+        sides = {"passages": (self.stores.passages, c.encoder.passage_length)}
+        for split in ["train", *self.library.judged_splits()]:
+            store = TokenStore(self.directory / "tokens" / f"queries.{split}", self.library.langs, self.vocab_size)
+            sides[f"queries.{split}"] = (store, c.encoder.query_length)
+        bar = progress.bar(None, "  encoding", "texts", total=sum(len(store) for store, _ in sides.values()))
+        embedders = {length: encode.Embedder(encoder, self.mesh, length) for _, length in sides.values()}
+        for name, (store, length) in sides.items():
+            for index, lang in enumerate(self.library.langs):
+                first, stop = store.bases[index : index + 2]
+                encode.encode_rows(embedders[length], params, store, int(first), int(stop - first), out_dir / lang, name,
+                                   c.encode.shard_rows, c.encode.dtype, bar)  # fmt: skip
+        bar.close()
+        return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
+
+    def _retriever(self, system: str, lang: str, split: str, index: str, factory: str = "Flat"):
+        if system == mine.BM25:
+            return mine.bm25_retriever(self.directory / "bm25" / lang, self.library.queries(lang, split)[1])
+        embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings") / lang
+        return mine.dense_retriever(embeddings, split, index, factory, self.mesh)
+
+    def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config.mine
+
+        def retrievers(lang: str):
+            return {name: self._retriever(name, lang, "train", c.index, c.factory) for name in c.retrievers.split(",")}
+
+        return mine.mine(self.library, self.training, retrievers, c, out_dir)
+
+    def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        totals: dict[str, Any] = {}
+        for index, lang in enumerate(progress.bar(self.library.langs, "  filtering", "languages")):
+            queries = [q for q in self.training if q.lang == index and not q.held_out]
+            if not queries:
+                continue
+            collection, base = self.library.collections[index], int(self.library.bases[index])
+            mined = mine.read_mined(self.directory / "mine", lang)
+            chosen, counts = negatives.select(mined, queries, base, collection, c.mine, c.filters.to_dict(), c.seed)
+            negatives.write(negatives.version_dir(out_dir, 0), lang, [q.qid for q in queries], chosen)
+            rows = negatives.training_rows(queries, lang, base, collection, chosen)
+            corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
+            totals[lang] = counts
+        return {"languages": totals}
+
+    def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        embeddings = self.directory / "embeddings-warmup"
+        return topics.label(self.library, self.training, embeddings, self.config.topics, self.config.seed, out_dir)
+
+    def train(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        encoder_config, params = self._model("warmup")
+        version = negatives.version_dir(self.directory / "negatives", 0)
+        labels = topics.read_topics(self.directory / "topics", self.library)
+        training_set = sources.with_negatives(
+            self.training, self.stores, self.library, version, labels, c.weights.inherit
+        )
+        found = self._with_cloze(training_set, c.train)
+        return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters)
+
+    def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        systems = ("bm25", "warmup", self.config.name)
+
+        def retriever(system: str, lang: str, split: str):
+            return self._retriever(system, lang, split, "exact")
+
+        return evaluate.evaluate(
+            self.library,
+            self.training,
+            systems,
+            functools.cache(retriever),
+            self.config.evaluate,
+            self.config.seed,
+            out_dir,
+        )
+
+    def export(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        encoder_config, params = self._model("train")
+        prompts = {"query": c.encoder.query_prompt, "passage": c.encoder.passage_prompt}
+        exported = out_dir.with_name(".export")  # beside it: the stage's own directory already holds its plan
+        export.export(
+            encoder_config, params, self.directory / "tokenizer", exported, prompts=prompts,
+            max_length=c.encoder.passage_length, similarity="cosine" if encoder_config.normalize else "dot",
+            card=report.model_card(self, encoder_config),
+        )  # fmt: skip
+        rows = np.arange(min(PARITY_TEXTS, len(self.library.collections[0])))
+        texts = [prompts["passage"] + corpus.passage_text(self.library.collections[0].passage(int(r))) for r in rows]
+        exact = encoders.build(dataclasses.replace(encoder_config, dtype="float32"))
+        with jax.default_matmul_precision("highest"):
+            embedder = encode.Embedder(exact, self.mesh, c.encoder.passage_length)
+            vectors = embedder.embed(params, self.stores.passages, rows)
+        export.check_parity(exported, texts, vectors, max_length=c.encoder.passage_length)
+        shutil.copytree(exported, out_dir, dirs_exist_ok=True)
+        shutil.rmtree(exported)
+        return {"encoder": encoder_config.kind, "texts_checked": len(texts)}
+
+    def report(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        return report.write(self, out_dir)
+
+
+def _trains(section: ConfigDict) -> bool:
+    return bool(section.epochs if section.steps is None else section.steps)
+
+
+def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
+    """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
+    resolved = section.copy_and_resolve_references()
+    if section.steps is None:
+        share = (1 - section.cloze_share) * section.batch_size
+        with resolved.unlocked(), resolved.ignore_type():
+            resolved.steps = math.ceil(section.epochs * queries / share)
+    return resolved
+
+
+def _paths(files: Any) -> list[pathlib.Path]:
+    return [*files.corpus, *files.topics.values(), *files.qrels.values(), *([files.train] if files.train else [])]
+
+
+def _empty(directory: pathlib.Path) -> None:
+    shutil.rmtree(directory, ignore_errors=True)
+    directory.mkdir(parents=True)
