@@ -62,7 +62,9 @@ def get_config():
     c.mine.negatives = 30  # negatives kept a query; short queries are filled up
 
     c.filters = ConfigDict()  # rules over the candidates; None: off. Scores are the first dense retriever's
-    c.filters.near_duplicate = 0.9  # drop a candidate whose word-trigram Jaccard with a positive is this or more
+    c.filters.near_duplicate = (
+        0.9  # drop a candidate whose word-trigram Jaccard with a positive is this or more; 1: only copies
+    )
     c.filters.skip = placeholder(int)  # drop the first n candidates
     c.filters.depth = placeholder(int)  # keep the first n candidates
     c.filters.max_score = placeholder(float)  # keep scores below

@@ -120,8 +120,9 @@ def _parse(values: flags.FlagValues) -> ConfigDict:
     sys.path.insert(0, str(CONFIGS.parent))  # recipes say `from configs import default` wherever they lie
     path, overrides = _config_words(sys.argv[1:])
     _check_config(path, overrides)
+    off = [key for key, value in overrides.items() if value == "None" and key in _optional_keys()]
     try:
-        rest = values(sys.argv)
+        rest = values([word for word in sys.argv if not any(word.lstrip("-") == f"config.{key}=None" for key in off)])
         config = values.config
     except flags.UnrecognizedFlagError as error:
         raise UserError(
@@ -140,7 +141,15 @@ def _parse(values: flags.FlagValues) -> ConfigDict:
         raise UserError(f"the argument {rest[1]!r} belongs to no flag; write --workdir=DIR and --config.KEY=VALUE")
     if not values.workdir:
         raise UserError("--workdir is missing; name the directory to write to, as in --workdir runs/quickstart")
+    for key in off:  # absl has no None of a number's type
+        with config.unlocked(), config.ignore_type():
+            config.update_from_flattened_dict({key: None})
     return config
+
+
+def _optional_keys() -> set[str]:
+    """The keys that may be None: those that are by default."""
+    return {key for key, value in _flatten(_load(str(CONFIGS / "default.py"))).items() if value is None}
 
 
 def _config_words(words: list[str]) -> tuple[str, dict[str, str]]:

@@ -116,7 +116,7 @@ def _averages(values: dict[str, list[float]]) -> dict[str, float]:
 def _hybrid_weight(
     library: Library, training: Sequence[TrainingQuery], name: str, retrievers: Retrievers, config: Any
 ) -> float:
-    """The weight of the dense system with the best nDCG@10 on the held-out training queries; 0.5 without any."""
+    """The weight of the dense system, by `choose_weight` on the held-out training queries; 0.5 without any."""
     held_out = [q for q in training if q.held_out]
     if not held_out:
         return 0.5

@@ -36,6 +36,7 @@ from jdmdr import (
     validate,
     workdir,
 )  # fmt: skip
+from jdmdr.filters.rules import SCORE_RULES
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import Library
 from jdmdr.tokenizer import Tokenizer, TokenStore
@@ -83,7 +84,7 @@ class Recipe:
     # --- stages --------------------------------------------------------------------------------------------------
 
     def stages(self) -> list[Stage]:
-        """All stages in order. Settings hold the config keys that a stage depends on, and no paths."""
+        """All stages in order. Settings hold the config keys that a stage depends on; files are known by their bytes."""
         c = self.config
         plain = c.to_dict()
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
@@ -94,6 +95,11 @@ class Recipe:
         dense = [name for name in ensemble if name != "bm25"]
         if not set(ensemble) <= {"warmup", "bm25"}:
             raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
+        scored = [rule for rule in SCORE_RULES if c.filters[rule] is not None]
+        if scored and not dense:
+            raise UserError(f"filters.{scored[0]} compares the scores of an encoder; add warmup to mine.retrievers")
+        if c.name in ("bm25", "warmup", "hybrid"):
+            raise UserError(f"name is {c.name!r}, which is another system's name in the metrics; choose another")
         return [
             Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
@@ -347,6 +353,8 @@ def _trains(section: ConfigDict) -> bool:
 
 def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
     """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
+    if not 0 <= section.cloze_share < 1:
+        raise UserError(f"cloze_share is {section.cloze_share}; it is at least 0 and below 1")
     resolved = section.copy_and_resolve_references()
     if section.steps is None:
         share = (1 - section.cloze_share) * section.batch_size

@@ -95,6 +95,7 @@ def _quiet_stderr():
 
 def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
     """Writes the tokenizer of a Hugging Face checkpoint (hub name or directory) to `out_dir`, with its fast backend."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
     import transformers
 
     transformers.logging.set_verbosity_error()

@@ -2,8 +2,8 @@
 
 A stage owns one directory `WORKDIR/STAGE`. `manifest.json` is written last, by an atomic rename: no manifest, no
 artefact. It names the stage's settings, the manifests and files it read, its counts and the SHA-256 of what it wrote, and
-holds no time, host or path, so equal inputs give equal bytes. `plan.json` is the same promise written first: a directory
-with a matching plan and no manifest is unfinished work to go on with; anything else is done afresh.
+holds no time and no host, so equal inputs give equal bytes. `plan.json` is the same promise written first: a directory
+with a matching plan and no manifest is unfinished work to go on with; anything else is emptied and done afresh.
 """
 
 from __future__ import annotations
@@ -179,11 +179,15 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
             say(f"{stage.name}: up to date")
             return
         changes = changes or ["a file of it is missing or has another size"]
-    elif plan is not None and plan != promise:
-        changes = _differences(plan, promise)
-    else:
+    elif plan is None:
         changes = []
-        say(f"{stage.name}: going on with unfinished work" if plan is not None else stage.name)
+        say(stage.name)
+        # what lies there without a plan nobody can vouch for
+        shutil.rmtree(directory, ignore_errors=True)
+    else:
+        changes = _differences(plan, promise)
+        if not changes:
+            say(f"{stage.name}: going on with unfinished work")
     if changes:
         reason = "; ".join(changes[:6])
         if stage.precious and not redo:
@@ -197,7 +201,6 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     write_json(directory / PLAN, promise)
     counts = stage.run(directory)
     write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})
-    (directory / PLAN).unlink()
 
 
 def counts_of(workdir: pathlib.Path, name: str) -> Mapping[str, Any]:

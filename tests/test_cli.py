@@ -50,3 +50,12 @@ def test_help_shows_the_command_and_every_key(command, module):
     result = command(module, "--help")
     assert result.returncode == 0
     assert f"python -m {module}" in result.stdout and "c.train = training()" in result.stdout
+
+
+def test_a_rule_that_a_recipe_sets_is_switched_off_by_none(command, tmp_path):
+    arguments = ("--config", QUICKSTART, "--workdir", tmp_path, "--config.mine.retrievers=bm25")
+    refused = command("jdmdr.mine", *arguments)
+    assert refused.returncode == 2 and "filters.percent_of_positive compares the scores of an encoder" in refused.stderr
+    # with the rule off the command goes on to the next mistake
+    off = command("jdmdr.mine", *arguments, "--config.filters.percent_of_positive=None", "--config.name=bm25")
+    assert off.returncode == 2 and "name is 'bm25'" in off.stderr

@@ -76,6 +76,22 @@ def test_unfinished_stage_keeps_its_files_under_the_same_plan_and_loses_them_und
     assert not (tmp_path / "a" / "half.txt").exists()
 
 
+def test_leftovers_without_a_plan_are_not_trusted(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "stale.txt").write_text("of another time")
+    bring_up_to_date(Stage("a", _write("one"), {}), tmp_path, False, _Say())
+    assert not (tmp_path / "a" / "stale.txt").exists()
+
+
+def test_deleted_manifest_goes_on_with_the_files_of_the_same_plan(tmp_path):
+    stage = Stage("a", _write("one"), {})
+    bring_up_to_date(stage, tmp_path, False, _Say())
+    (tmp_path / "a" / "manifest.json").unlink()
+    said = _Say()
+    bring_up_to_date(stage, tmp_path, False, said)
+    assert said == ["a: going on with unfinished work"]
+
+
 def test_deleted_output_file_redoes_the_stage(tmp_path):
     stage = Stage("a", _write("one"), {})
     bring_up_to_date(stage, tmp_path, False, _Say())

@@ -165,6 +165,8 @@ RULES: dict[str, Callable[[Any], Filter]] = {
     "percent_of_positive": percent_of_positive,
 }
 
+SCORE_RULES = ("max_score", "absolute_margin", "relative_margin", "percent_of_positive")
+
 
 def rules_from_config(config: Mapping[str, Any]) -> list[Filter]:
     """The rules a config asks for; a key absent or None is off. Positives are always dropped first.
