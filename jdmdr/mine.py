@@ -16,7 +16,7 @@ import numpy as np
 
 from jdmdr import encode, metrics
 from jdmdr.corpus import Collection
-from jdmdr.index import make_searcher
+from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.index.fusion import Rescore, dense_rescore, fuse
 from jdmdr.library import Library, TrainingQuery, docid_lookup
@@ -39,28 +39,14 @@ def bm25_retriever(index_dir: pathlib.Path, texts: Sequence[str]) -> Retriever:
 
 
 def dense_retriever(embeddings: pathlib.Path, split: str, index: str, factory: str, mesh: Any) -> Retriever:
-    """Inner product over the embedding store of one language.
-
-    `index` is `faiss` (with its factory string) or `exact`; where faiss is not installed the exact search stands in.
-    """
+    """Inner product over the embedding store of one language, by an index of `jdmdr.index.SEARCHERS`."""
     blocks = encode.shards(embeddings, "passages")
     queries_QxD = np.concatenate(encode.shards(embeddings, f"queries.{split}")).astype(np.float32)
-    if index == "faiss" and _has_faiss():
-        searcher = make_searcher("faiss", blocks, factory=factory)
-    elif index in ("faiss", "exact"):
-        searcher = make_searcher("exact", blocks, mesh=mesh)
-    else:
-        raise UserError(f"mine.index is {index!r}; it is one of faiss, exact")
+    searcher = dense_searcher(index, blocks, mesh, factory)
     return Retriever(
         lambda rows, k: searcher.search(queries_QxD[rows], k),
         lambda rows: dense_rescore(queries_QxD[rows], blocks),
     )
-
-
-def _has_faiss() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("faiss") is not None
 
 
 def candidate_pool(queries: Sequence[TrainingQuery], base: int, pool: str) -> np.ndarray | None:

@@ -11,8 +11,9 @@ import jax
 import numpy as np
 import pytest
 
-from jdmdr.index import SEARCHERS, Bm25Searcher, ExactSearcher, FaissSearcher, exact, make_searcher
-from jdmdr.index.bm25 import tokenize_words
+from jdmdr import index
+from jdmdr.index import SEARCHERS, ExactSearcher, FaissSearcher, exact
+from jdmdr.index.bm25 import Bm25Searcher, tokenize_words
 from jdmdr.metrics import evaluate_run
 from jdmdr.types import NO_HIT, UserError
 
@@ -35,8 +36,9 @@ def oracle(queries_QxD, collection_CxD, k):
 
 
 def dense_searcher(name, blocks):
-    options = {"mesh": one_device_mesh(), "block_rows": 64, "query_rows": 8} if name == "exact" else {}
-    return make_searcher(name, blocks, **options)
+    if name == "exact":  # small blocks, so that there are several
+        return ExactSearcher(blocks, one_device_mesh(), block_rows=64, query_rows=8)
+    return index.dense_searcher(name, blocks, one_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,7 @@ def test_input_that_does_not_fit_is_one_sentence(name, collection):
 
 def test_unknown_searchers_and_factory_strings_are_named():
     with pytest.raises(UserError, match=", ".join(SEARCHERS)):
-        make_searcher("annoy", [])
+        index.dense_searcher("annoy", [], one_device_mesh())
     with pytest.raises(UserError, match="'Nonsense'"):
         FaissSearcher([np.zeros((2, 4), np.float32)], "Nonsense")
     with pytest.raises(UserError, match="'warp=9'"):

@@ -1,28 +1,36 @@
 """Search: one `Searcher` protocol, one file per index, and the fusion of their hits.
 
-A new index is a file here with a class that has `search(queries, k) -> Hits`, and a line in `SEARCHERS`.
+A new dense index is a file here with a class that has `search(queries, k) -> Hits`, and a line in `SEARCHERS`; a recipe
+names it with `mine.index`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
+from collections.abc import Callable, Sequence
 
-from jdmdr.index.bm25 import Bm25Searcher
+import numpy as np
+from jax.sharding import Mesh
+
 from jdmdr.index.exact import ExactSearcher
 from jdmdr.index.faiss import FaissSearcher
 from jdmdr.index.searcher import Searcher
 from jdmdr.types import UserError
 
-# name -> factory(collection, **options); the collection is vector blocks, or texts for bm25.
-SEARCHERS: dict[str, Callable[..., Searcher]] = {
-    "exact": ExactSearcher,
-    "faiss": FaissSearcher,
-    "bm25": Bm25Searcher,
+# name -> searcher over vector blocks CixD; of the mesh and the faiss factory string each takes what it needs
+SEARCHERS: dict[str, Callable[[Sequence[np.ndarray], Mesh, str], Searcher]] = {
+    "exact": lambda blocks, mesh, factory: ExactSearcher(blocks, mesh),
+    "faiss": lambda blocks, mesh, factory: FaissSearcher(blocks, factory),
 }
 
 
-def make_searcher(name: str, collection, **options) -> Searcher:
-    """The searcher `name` over a collection: vector blocks CixD for 'exact' and 'faiss', texts for 'bm25'."""
+def dense_searcher(name: str, blocks: Sequence[np.ndarray], mesh: Mesh, factory: str = "Flat") -> Searcher:
+    """The searcher `name` over a collection's vector blocks; without faiss the exact search stands in for a flat index.
+
+    Raises UserError on an unknown name.
+    """
     if name not in SEARCHERS:
-        raise UserError(f"index is {name!r}: choose one of {', '.join(SEARCHERS)}")
-    return SEARCHERS[name](collection, **options)
+        raise UserError(f"mine.index is {name!r}: choose one of {', '.join(SEARCHERS)}")
+    if name == "faiss" and factory == "Flat" and not importlib.util.find_spec("faiss"):
+        name = "exact"
+    return SEARCHERS[name](blocks, mesh, factory)
