@@ -53,6 +53,16 @@ def _table(systems: dict, intervals: dict, name: str, separator: str = " ") -> t
     return rows, headers
 
 
+def _result_tables(metrics: dict, intervals: dict, name: str) -> list[str]:
+    """Markdown, one table a split."""
+    lines = []
+    for split in metrics:
+        rows, headers = _table(metrics[split]["systems"], intervals[split], name)
+        table = tabulate(rows, headers, tablefmt="github", stralign="right", disable_numparse=True)
+        lines += [f"## {split}", "", table, ""]
+    return lines
+
+
 def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     """Writes `report.md`: tables, training, filter counts, settings."""
     directory, c = recipe.directory, recipe.config
@@ -61,14 +71,7 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
         stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")
     }
     lines = [f"# {c.name}: report", ""]
-    for split in metrics:
-        rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
-        lines += [
-            f"## {split}",
-            "",
-            tabulate(rows, headers, tablefmt="github", stralign="right", disable_numparse=True),
-            "",
-        ]
+    lines += _result_tables(metrics, intervals, c.name)
     lines += [
         "Averages are over languages, unweighted; the 95 % interval is a bootstrap over queries within each language.",
         f"The hybrid gives the encoder's score the weight {counts['evaluate']['hybrid_weight']:g} and BM25's the rest, "
@@ -124,6 +127,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
     metrics, intervals = _figures(recipe.directory)
     langs = sorted(workdir.counts_of(recipe.directory, "corpus"))
     codes = sorted({lang.split("-")[0] for lang in langs})
+    whole = " in training; a static embedding reads texts whole" if encoder_config.kind == "static" else ""
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "language:"]
     lines += [f"- {code}" for code in codes]
     lines += [
@@ -139,7 +143,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
                 ["query prompt", repr(c.encoder.query_prompt)],
                 ["passage prompt", repr(c.encoder.passage_prompt)],
                 ["passage text", "title, one space, text"],
-                ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}"],
+                ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole],
                 ["hard negatives", f"{c.mine.retrievers} fused by {c.mine.fusion}"],
                 ["objective", f"{c.train.objective.name}, {c.train.objective.mode}, temperature {c.train.objective.temperature}"],
             ],
@@ -149,12 +153,5 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
         'model = SentenceTransformer("PATH")', 'q = model.encode_query(["..."])', 'p = model.encode_document(["..."])',
         "model.similarity(q, p)", "```", "",
     ]  # fmt: skip
-    for split in metrics:
-        rows, headers = _table(metrics[split]["systems"], intervals[split], c.name)
-        lines += [
-            f"## {split}",
-            "",
-            tabulate(rows, headers, tablefmt="github", stralign="right", disable_numparse=True),
-            "",
-        ]
+    lines += _result_tables(metrics, intervals, c.name)
     return "\n".join(lines)

@@ -8,7 +8,10 @@ import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
+
+from jdmdr.types import Tokens
 
 REPO = pathlib.Path(__file__).parents[1]
 TINYPEDIA = REPO / "third_party" / "tinypedia"
@@ -108,3 +111,26 @@ def library(data_root, tmp_path):
     for lang, files in datasets.discover(data_root, "").items():
         corpus.ingest(lang, files, tmp_path / "corpus" / lang)
     return Library(tmp_path / "corpus")
+
+
+def labels(counts_LxC, seed=0):
+    """Language and topic labels with this many queries of each pair, in random order."""
+    counts = np.asarray(counts_LxC)
+    lang, topic = np.nonzero(counts)
+    order = np.random.default_rng(seed).permutation(counts.sum())
+    repeats = counts[lang, topic]
+    return np.repeat(lang, repeats)[order].astype(np.int32), np.repeat(topic, repeats)[order].astype(np.int32)
+
+
+class Source:
+    """A token source whose sequence i is (i, i, ...), as long as `lengths[i]`."""
+
+    def __init__(self, lengths):
+        self._lengths = np.asarray(lengths, np.int32)
+
+    def lengths(self, rows):
+        return self._lengths[rows]
+
+    def gather(self, rows, width):
+        mask = (np.arange(width) < self._lengths[rows][:, None]).astype(np.int32)
+        return Tokens(np.asarray(rows, np.int32)[:, None] * mask, mask)

@@ -1,44 +1,20 @@
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import Source, labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import batches
 from jdmdr.batches import Ragged, TrainingSet
 from jdmdr.planner import Planner
-from jdmdr.types import Tokens, UserError
+from jdmdr.types import UserError
 from jdmdr.weights import make_weights
-
-TINYPEDIA = Path(__file__).parents[1] / "third_party/tinypedia"
-
-
-def labels(counts_LxC, seed=0):
-    """Labels with this many queries per language and topic, in random order."""
-    counts = np.asarray(counts_LxC)
-    lang, topic = np.nonzero(counts)
-    order = np.random.default_rng(seed).permutation(counts.sum())
-    repeats = counts[lang, topic]
-    return np.repeat(lang, repeats)[order].astype(np.int32), np.repeat(topic, repeats)[order].astype(np.int32)
-
 
 COUNTS = np.array([[40, 10, 3], [5, 0, 60], [0, 17, 20]])
 LANG, TOPIC = labels(COUNTS)
 B = 8
-
-
-class Source:
-    def __init__(self, lengths):
-        self._lengths = np.asarray(lengths, np.int32)
-
-    def lengths(self, rows):
-        return self._lengths[rows]
-
-    def gather(self, rows, width):
-        mask = (np.arange(width) < self._lengths[rows][:, None]).astype(np.int32)
-        return Tokens(np.asarray(rows, np.int32)[:, None] * mask, mask)
 
 
 def training_set(passages=400, seed=0):

@@ -2,22 +2,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from conftest import labels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import planner as planning
 from jdmdr.planner import Planner
 from jdmdr.types import UserError
-
-
-def labels(counts_LxC, seed=0):
-    """Labels with this many queries per language and topic, in random order."""
-    counts = np.asarray(counts_LxC)
-    lang, topic = np.nonzero(counts)
-    order = np.random.default_rng(seed).permutation(counts.sum())
-    repeats = counts[lang, topic]
-    return np.repeat(lang, repeats)[order].astype(np.int32), np.repeat(topic, repeats)[order].astype(np.int32)
-
 
 COUNTS = np.array([[40, 10, 3], [5, 0, 60], [0, 17, 20]])
 LANG, TOPIC = labels(COUNTS)

@@ -2,25 +2,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import Source
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import shapes
-from jdmdr.types import Tokens, UserError
-
-
-class Source:
-    """Sequence i is (i, i, ...), as long as `lengths[i]`."""
-
-    def __init__(self, lengths):
-        self._lengths = np.asarray(lengths, np.int32)
-
-    def lengths(self, rows):
-        return self._lengths[rows]
-
-    def gather(self, rows, width):
-        mask = (np.arange(width) < self._lengths[rows][:, None]).astype(np.int32)
-        return Tokens(np.asarray(rows, np.int32)[:, None] * mask, mask)
+from jdmdr.types import UserError
 
 
 def random_lengths(steps, rows, high, seed=0):
