@@ -1,6 +1,11 @@
 """The whole of DMDR on the encyclopaedia that ships with the project, from scratch, on a laptop.
 
-python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
+    python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
+
+Hardware: 2 CPU cores, 4 GB of memory, 1 GB of disk. Time: 2 to 5 minutes.
+Expected nDCG@10, mean of ten languages: dev 0.70, hybrid 0.72; test 0.68, hybrid 0.71 (docs/results.md).
+
+The same recipe on other data: --config.data.root=DIR, and --config.tokenizer.vocab_size=32000 for some 30,000 passages.
 """
 
 from configs import default

@@ -81,6 +81,8 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     keys = ("steps", "best_step", "valid_ndcg@10", "skipped_updates")
     rows = [[stage, *(_short(counts[stage].get(key, "-")) for key in keys)] for stage in ("warmup", "train")]
     lines += [tabulate(rows, ["run", *keys], tablefmt="github", stralign="right", disable_numparse=True), ""]
+    if counts["train"]["steps"] and not counts["train"]["best_step"]:
+        lines += [f"On the held-out queries no checkpoint of {c.name} did better than the warm-up, which is kept.", ""]
     lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
     lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), "", "## Data", ""]
     lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), "", "## Settings", ""]

@@ -74,8 +74,7 @@ def train(
         log = _Log(out_dir, -1)
         before = validate(state["params"])
         log.validation(0, before)
-        # What training starts from is no result of it, unless there is nothing to train.
-        checkpoints.save(0, state, UNMEASURED if section.steps else _score(before))
+        checkpoints.save(0, state, _score(before))
     else:
         state, first = checkpoints.restore(latest, state)
         progress.say(f"  going on from step {first}")
@@ -122,6 +121,10 @@ def train(
     stop.restore()
     if stop.requested:
         raise Terminated
+    if section.steps and not best:
+        progress.say(
+            "  no checkpoint does better on the held-out queries than what training started from: that is kept"
+        )
     counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
     if score != UNMEASURED:
         counts["valid_ndcg@10"] = score
