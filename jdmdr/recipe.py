@@ -222,6 +222,8 @@ class Recipe:
         params, counts = train.train(
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
         )
+        if section.steps:
+            counts["language_shares"] = sources.language_shares(found[0], section, c.seed, self.library.langs)
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:

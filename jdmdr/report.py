@@ -83,6 +83,12 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     lines += [tabulate(rows, ["run", *keys], tablefmt="github", stralign="right", disable_numparse=True), ""]
     if counts["train"]["steps"] and not counts["train"]["best_step"]:
         lines += [f"On the held-out queries no checkpoint of {c.name} did better than the warm-up, which is kept.", ""]
+    if "language_shares" in counts["train"]:
+        shares = sorted(counts["train"]["language_shares"].items())
+        rows = [["aimed at", *(f"{wanted:.3f}" for _, (wanted, _) in shares)]]
+        rows.append(["in the batches", *(f"{had:.3f}" for _, (_, had) in shares)])
+        headers = ["share of the queries", *(lang for lang, _ in shares)]
+        lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
     lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
     lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), "", "## Data", ""]
     lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), "", "## Settings", ""]
