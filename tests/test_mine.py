@@ -124,7 +124,7 @@ def test_faiss_and_exact_search_give_the_same_candidates(finished, queries, rows
 
 
 def test_unknown_index_is_refused(finished, queries, rows, base, tmp_path):
-    with pytest.raises(UserError, match="mine.index is 'annoy'; it is one of faiss, exact"):
+    with pytest.raises(UserError, match="mine.index is 'annoy': choose one of exact, faiss"):
         run(finished, queries, rows, base, tmp_path, index="annoy")
 
 

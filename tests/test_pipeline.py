@@ -28,6 +28,14 @@ def words(root, directory, *more):
     ]  # fmt: skip
 
 
+@pytest.fixture(scope="module", autouse=True)
+def heed_ctrl_c():
+    """Tests run in the background of a script, and so what they start, would else inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def start(root, directory, *more, module="jdmdr.pipeline"):
     return subprocess.Popen(
         [sys.executable, "-m", module, *words(root, directory, *more)],
@@ -36,8 +44,6 @@ def start(root, directory, *more, module="jdmdr.pipeline"):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # a test run in the background of a script inherits that Ctrl-C is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
 
 
