@@ -15,12 +15,12 @@ negatives instead (tables 15 and 16): 53.6 / 83.6, 61.0 / 89.0, 63.5 / 91.9, 67.
 
 from configs import default
 
-# Recipes of section 6 of the method: name, pooling, normalise, query and passage prompt, temperature, learning rate, epochs.
+# Name, pooling (empty: the checkpoint's own files say it), normalise, query and passage prompt, temperature, learning rate, epochs.
 BACKBONES = {
     "mbert": ("bert-base-multilingual-cased", "cls", False, "", "", 1.0, 3e-6, 16),
     "mdpr": ("castorini/mdpr-tied-pft-msmarco", "cls", False, "", "", 1.0, 3e-6, 16),
-    "me5": ("intfloat/multilingual-e5-large", "mean", True, "query: ", "passage: ", 0.01, 2e-6, 20),
-    "bge": ("BAAI/bge-m3", "cls", True, "", "", 0.02, 2e-6, 20),
+    "me5": ("intfloat/multilingual-e5-large", "", True, "query: ", "passage: ", 0.01, 2e-6, 20),
+    "bge": ("BAAI/bge-m3", "", True, "", "", 0.02, 2e-6, 20),
 }
 
 

@@ -19,8 +19,8 @@ UNMEASURED = -1.0  # the validation score of a checkpoint that was saved between
 
 
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:
-    """Best by validation score; among equals the earliest."""
-    return metrics["score"], -metrics["step"]
+    """Best by validation score; among equals the latest, which has seen the most."""
+    return metrics["score"], metrics["step"]
 
 
 class Checkpoints:

@@ -6,6 +6,7 @@ code 2.
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import errno
 import itertools
@@ -54,8 +55,9 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
     try:
         values = _flags()
         if {"--help", "-h", "--helpfull", "-help"} & set(sys.argv[1:]):
-            print(_help(doc))
-            sys.exit(0)
+            with contextlib.suppress(BrokenPipeError):  # `--help | head`
+                print(_help(doc), flush=True)
+            os._exit(0)
         config = _parse(values)
         logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of what it raises again
         from jdmdr import workdir  # after --help, which should not wait for heavy imports

@@ -62,6 +62,8 @@ def evaluate(
             run = as_run(run_qids, found, docid)
             for measure, values in metrics.evaluate_run(qrels, run, MEASURES).items():
                 scores.setdefault(split, {}).setdefault(name, {}).setdefault(measure, {})[lang] = list(values.values())
+    if not scores:
+        progress.say("  nothing to evaluate: no split but train has both topics and qrels (topics/{lang}.{split}.tsv)")
     for line in sorted(left_out):
         progress.say(f"  {line}: left out")
     table = {

@@ -36,7 +36,7 @@ from jdmdr import (
     validate,
     workdir,
 )  # fmt: skip
-from jdmdr.filters.rules import SCORE_RULES
+from jdmdr.check import check_config
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import Library
 from jdmdr.tokenizer import Tokenizer, TokenStore
@@ -86,6 +86,7 @@ class Recipe:
     def stages(self) -> list[Stage]:
         """All stages in order. Settings hold the config keys that a stage depends on; files are known by their bytes."""
         c = self.config
+        check_config(c)
         plain = c.to_dict()
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
@@ -93,13 +94,6 @@ class Recipe:
         raw = [p for f in self.files.values() for p in _paths(f)]
         cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         dense = [name for name in ensemble if name != "bm25"]
-        if not set(ensemble) <= {"warmup", "bm25"}:
-            raise UserError(f"mine.retrievers is {c.mine.retrievers!r}; it lists warmup, bm25, or both")
-        scored = [rule for rule in SCORE_RULES if c.filters[rule] is not None]
-        if scored and not dense:
-            raise UserError(f"filters.{scored[0]} compares the scores of an encoder; add warmup to mine.retrievers")
-        if c.name in ("bm25", "warmup", "hybrid"):
-            raise UserError(f"name is {c.name!r}, which is another system's name in the metrics; choose another")
         return [
             Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
@@ -202,10 +196,6 @@ class Recipe:
         self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int
     ):
         c = self.config
-        if section.objective.name not in objectives.OBJECTIVES:
-            raise UserError(
-                f"objective.name is {section.objective.name!r}; there are {', '.join(objectives.OBJECTIVES)}"
-            )
         encoder = encoders.build(encoder_config)
         lengths = c.encoder.query_length, c.encoder.passage_length
         section = _with_steps(section, len(found[0].training_set.lang_n))
@@ -355,8 +345,6 @@ def _trains(section: ConfigDict) -> bool:
 
 def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
     """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
-    if not 0 <= section.cloze_share < 1:
-        raise UserError(f"cloze_share is {section.cloze_share}; it is at least 0 and below 1")
     resolved = section.copy_and_resolve_references()
     if section.steps is None:
         share = (1 - section.cloze_share) * section.batch_size

@@ -190,7 +190,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
             say(f"{stage.name}: going on with unfinished work")
     if changes:
         reason = "; ".join(changes[:6])
-        if stage.precious and not redo:
+        if stage.precious and not redo and any(path.name != PLAN for path in directory.iterdir()):
             raise UserError(
                 f"{directory} holds a model trained with other settings or data ({reason}); "
                 "choose another --workdir, or add --redo to train it again"

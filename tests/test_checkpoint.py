@@ -30,7 +30,7 @@ def kept(directory):
     ("scores", "best", "left"),
     [
         ({0: 0.1, 3: 0.5, 6: 0.4, 9: 0.3}, 3, [3, 9]),
-        ({0: 0.1, 3: 0.5, 6: 0.5, 9: 0.5}, 3, [3, 9]),  # the earliest of equals
+        ({0: 0.1, 3: 0.5, 6: 0.5, 9: 0.4}, 6, [6, 9]),  # the latest of equals
         ({0: 0.1, 3: 0.2, 6: 0.3}, 6, [6]),
         ({0: 0.0, 2: UNMEASURED}, 0, [0, 2]),  # a measured 0 beats what nobody measured
         ({0: UNMEASURED, 3: 0.2, 5: UNMEASURED}, 3, [3, 5]),

@@ -110,6 +110,16 @@ def test_precious_stage_is_redone_only_when_asked(tmp_path):
     assert (tmp_path / "a" / "out.txt").read_text() == "other"
 
 
+def test_precious_stage_that_never_started_is_no_model_to_keep(tmp_path):
+    def refuse(out_dir):
+        raise UserError("policy is 'foo'")
+
+    with pytest.raises(UserError, match="foo"):
+        bring_up_to_date(Stage("a", refuse, {"policy": "foo"}, precious=True), tmp_path, False, _Say())
+    bring_up_to_date(Stage("a", _write("one"), {"policy": "random"}, precious=True), tmp_path, False, _Say())
+    assert (tmp_path / "a" / "out.txt").read_text() == "one"
+
+
 def test_manifest_leaves_out_volatile_files(tmp_path):
     def run(out_dir):
         (out_dir / "log").mkdir()

@@ -1,0 +1,78 @@
+"""Checks the values of a config before any stage starts, so that a slip costs no work."""
+
+from __future__ import annotations
+
+from ml_collections import ConfigDict
+
+from jdmdr.filters import rules_from_config
+from jdmdr.filters.rules import SCORE_RULES
+from jdmdr.index import SEARCHERS
+from jdmdr.index.fusion import METHODS
+from jdmdr.objectives import OBJECTIVES
+from jdmdr.objectives.contrastive import MODES
+from jdmdr.planner import POLICIES
+from jdmdr.types import UserError
+from jdmdr.weights import TOPIC_SCOPES
+
+RETRIEVERS = ("warmup", "bm25")
+SYSTEMS = ("bm25", "warmup", "hybrid")  # names in metrics.json that a recipe cannot have
+
+CHOICES = {
+    "mine.fusion": METHODS,
+    "mine.index": SEARCHERS,
+    "mine.pool": ("corpus", "positives"),
+    "topics.scope": ("dataset", "language"),
+    "weights.topic_scope": TOPIC_SCOPES,
+    "weights.sign": (-1, 1),
+    "encode.dtype": ("float16", "float32"),
+    "encoder.dtype": ("", "float32", "bfloat16"),
+    "encoder.pooling": ("", "cls", "mean", "last"),
+    "evaluate.hybrid": METHODS,
+}
+SECTION_CHOICES = {
+    "policy": POLICIES,
+    "decay": ("linear", "constant"),
+    "objective.name": OBJECTIVES,
+    "objective.mode": MODES,
+}
+AT_LEAST = {
+    "seed": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
+    "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "topics.clusters": 1, "topics.iterations": 1,
+    "encode.shard_rows": 1, "evaluate.depth": 1, "evaluate.bootstrap": 1,
+}  # fmt: skip
+SECTION_AT_LEAST = {
+    "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
+    "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
+}  # fmt: skip
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raises UserError for the first value that no stage could use, with its key and what may stand there."""
+    sections = ("warmup", "train")
+    for key, choices in [*CHOICES.items(), *((f"{s}.{k}", c) for s in sections for k, c in SECTION_CHOICES.items())]:
+        if _get(config, key) not in choices:
+            raise UserError(f"{key} is {_get(config, key)!r}; it is one of {', '.join(map(repr, choices))}")
+    for key, least in [*AT_LEAST.items(), *((f"{s}.{k}", n) for s in sections for k, n in SECTION_AT_LEAST.items())]:
+        if not _get(config, key) >= least:
+            raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}")
+    for section in sections:
+        if not _get(config, f"{section}.objective.temperature") > 0:
+            raise UserError(f"{section}.objective.temperature divides the scores; it must be above 0")
+    for key in ("data.valid_share", "warmup.cloze_share", "train.cloze_share"):
+        if not 0 <= _get(config, key) < 1:
+            raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
+    if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
+        raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
+    retrievers = config.mine.retrievers.split(",")
+    if not set(retrievers) <= set(RETRIEVERS):
+        raise UserError(f"mine.retrievers is {config.mine.retrievers!r}; it lists warmup, bm25, or both")
+    rules_from_config(config.filters.to_dict())
+    scored = [rule for rule in SCORE_RULES if config.filters[rule] is not None]
+    if scored and "warmup" not in retrievers:
+        raise UserError(f"filters.{scored[0]} compares the scores of an encoder; add warmup to mine.retrievers")
+
+
+def _get(config: ConfigDict, key: str):
+    for part in key.split("."):
+        config = config[part]
+    return config
