@@ -83,7 +83,8 @@ def evaluate(
                 ]
     write_json(out_dir / "metrics.json", table)
     write_json(out_dir / "intervals.json", intervals)
-    return {"hybrid_weight": weight, "splits": sorted(table)}
+    held_out = sum(q.held_out for q in training)
+    return {"hybrid_weight": weight, "held_out_queries": held_out, "splits": sorted(table)}
 
 
 def as_run(qids: Sequence[str], hits: Hits, docid: Callable[[int], str]) -> dict[str, dict[str, float]]:

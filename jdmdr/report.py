@@ -75,7 +75,7 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     lines += [
         "Averages are over languages, unweighted; the 95 % interval is a bootstrap over queries within each language.",
         f"The hybrid gives the encoder's score the weight {counts['evaluate']['hybrid_weight']:g} and BM25's the rest, "
-        "chosen on held-out training queries.",
+        f"chosen on {counts['evaluate']['held_out_queries']} held-out training queries, which choose the checkpoints too.",
         "", "## Training", "",
     ]  # fmt: skip
     keys = ("steps", "best_step", "valid_ndcg@10", "skipped_updates")
@@ -91,7 +91,9 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
         lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
     lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
     lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), "", "## Data", ""]
-    lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), "", "## Settings", ""]
+    lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), ""]
+    lines += [f"- {warning}" for lang in sorted(counts["corpus"]) for warning in counts["corpus"][lang]["warnings"]]
+    lines += ["", "## Settings", ""]
     lines += [tabulate(sorted(_flat(c.to_dict())), ["key", "value"], tablefmt="github", disable_numparse=True), ""]
     (out_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
     return {}
