@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 import itertools
 import math
 import pathlib
 import shutil
+import textwrap
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +24,7 @@ from jdmdr import (
     encoders,
     evaluate,
     export,
+    filters,
     mine,
     models,
     negatives,
@@ -76,10 +79,6 @@ class Recipe:
     @functools.cached_property
     def mesh(self):
         return parallel.data_mesh()
-
-    @functools.cached_property
-    def _from_scratch(self) -> bool:
-        return not self.config.encoder.name
 
     # --- stages --------------------------------------------------------------------------------------------------
 
@@ -141,7 +140,7 @@ class Recipe:
             texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
             tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
         made = tokenizer.Tokenizer(out_dir, 8)
-        if self._from_scratch and made.special_tokens:
+        if not c.encoder.name and made.special_tokens:
             raise UserError(
                 f"tokenizer.name {name!r} puts {made.special_tokens} special tokens around a text, and the from-scratch "
                 "encoder has no use for them; leave tokenizer.name empty, or name an encoder with encoder.name"
@@ -281,6 +280,10 @@ class Recipe:
             rows = negatives.training_rows(queries, lang, base, collection, chosen)
             corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
             totals[lang] = counts
+        dropped = collections.Counter()
+        for counts in totals.values():
+            dropped.update({**dict(counts["dropped"]), "kept": counts["kept"]})
+        progress.say(textwrap.indent(filters.counts_table(dropped), "  "))
         return {"languages": totals}
 
     def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
