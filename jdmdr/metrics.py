@@ -15,7 +15,10 @@ from jdmdr.types import NO_HIT, Hits, UserError
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 Run = dict[str, dict[str, float]]  # qid -> docid -> score
 
+AVERAGE = "avg"  # the macro average's name among the languages
+
 _TREC_NAMES = {"ndcg": "ndcg_cut_{}", "recall": "recall_{}", "mrr": "recip_rank"}
+_BLOCK = 1 << 22  # values drawn at once
 
 
 def evaluate_run(
@@ -63,12 +66,16 @@ def bootstrap_interval(
     `per_query[lang]` holds one value a query; queries are drawn with replacement within each language.
     """
     rng = np.random.default_rng(seed)
-    means_LxS = []
-    for lang in sorted(per_query):
-        values_Q = np.asarray(per_query[lang], np.float64)
-        means_LxS.append(values_Q[rng.integers(len(values_Q), size=(samples, len(values_Q)))].mean(axis=1))
+    means_LxS = [bootstrap_means(np.asarray(per_query[lang], np.float64), rng, samples) for lang in sorted(per_query)]
     low, high = np.quantile(np.mean(means_LxS, axis=0), [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def bootstrap_means(values_Q: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
+    """The means of `samples` draws with replacement, each as large as the values."""
+    rows = max(1, _BLOCK // len(values_Q))
+    blocks = [min(rows, samples - first) for first in range(0, samples, rows)]
+    return np.concatenate([values_Q[rng.integers(len(values_Q), size=(n, len(values_Q)))].mean(axis=1) for n in blocks])
 
 
 def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docid: Callable[[int], str], tag: str) -> None:
