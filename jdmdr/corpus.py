@@ -16,7 +16,7 @@ import functools
 import hashlib
 import json
 import mmap
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +137,16 @@ def read_qrels(directory: Path, split: str) -> reading.Qrels:
     return reading.qrels(path)[0] if path.exists() else {}
 
 
+def split_queries(
+    files: LanguageFiles, split: str, judged: Container[str], on_error: reading.OnError = None
+) -> list[Query]:
+    """The queries of a split as its files have them: its topics, or of a file for all splits those that are judged."""
+    if split in files.topics:
+        return reading.topics(files.topics[split], on_error)
+    every = reading.queries(files.queries, on_error) if files.queries else []
+    return [query for query in every if query.qid in judged]
+
+
 def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Writes one JSON object a line, UTF-8, by an atomic rename."""
     with atomic(path) as temporary, open(temporary, "wb") as handle:
@@ -227,8 +237,8 @@ def _map_bytes(path: Path) -> mmap.mmap:
 
 def _write_split(lang: str, split: str, files: LanguageFiles, out_dir: Path, report: IngestReport) -> None:
     collection = Collection(out_dir)
-    queries = {query.qid: query.text for query in reading.topics(files.topics[split])} if split in files.topics else {}
     judged, conflicts = reading.qrels(files.qrels[split]) if split in files.qrels else ({}, 0)
+    queries = dict(split_queries(files, split, judged))
     if judged and len(_unknown(judged, collection)) == len(_judged_docids(judged)):
         docid = next(iter(_judged_docids(judged)))
         raise UserError(f"{files.qrels[split]} judges no passage of the corpus {files.corpus[0]} (its first docid is "

@@ -12,15 +12,22 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from jdmdr.types import Passage, Query, UserError
 
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 
+BEIR_HEADER = ["query-id", "corpus-id", "score"]
+PASSAGE_FIELDS = {"docid": "text", "_id": "text", "id": "contents"}  # id and text: MIRACL; BEIR; Mr. TyDi, Pyserini
+
+OnError = Callable[[UserError], None] | None  # what is told of a line that cannot be read; None: the error is raised
+Record = TypeVar("Record")
+
 _BUFFER = 1 << 20
+_TELL_EVERY = 2048  # lines
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -32,10 +39,11 @@ class TrainRow(NamedTuple):
     negatives: list[str]
 
 
-def lines(path: Path) -> Iterator[tuple[int, str]]:
+def lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[tuple[int, str]]:
     """Streams the non-blank lines of a UTF-8 file with their numbers, from 1.
 
-    Raises UserError for a damaged gzip file, for what is not UTF-8, and for a file that cannot be opened.
+    `on_bytes` is told now and then how many bytes of the file have been read. Raises UserError for a damaged gzip file,
+    for what is not UTF-8, and for a file that cannot be opened.
     """
     number = 0
     try:
@@ -43,6 +51,8 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
             gzipped = handle.peek(2)[:2] == b"\x1f\x8b"
             stream = io.BufferedReader(gzip.GzipFile(fileobj=handle), _BUFFER) if gzipped else handle
             for number, line in enumerate(stream, 1):
+                if on_bytes and number % _TELL_EVERY == 0:
+                    on_bytes(handle.raw.tell())
                 line = line.removeprefix(_BOM).removesuffix(b"\n").removesuffix(b"\r")
                 if line and not line.isspace():
                     yield number, line.decode()
@@ -56,55 +66,83 @@ def lines(path: Path) -> Iterator[tuple[int, str]]:
         raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
 
 
-def passages(path: Path) -> Iterator[Passage]:
-    """Streams the passages of a corpus shard: {"docid", "title", "text"}; a title that is absent or null is empty."""
-    for number, row in _objects(path):
-        title = "" if row.get("title") is None else _string(row, "title", path, number)
-        yield Passage(_id(row, "docid", path, number), title, _string(row, "text", path, number))
+def passages(path: Path, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None) -> Iterator[Passage]:
+    """Streams the passages of a corpus shard; a title that is absent or null is empty.
+
+    A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
+    are the title, an empty line and the text.
+    """
+    return _records(path, _passage, on_error, on_bytes)
 
 
-def train_rows(path: Path) -> Iterator[TrainRow]:
+def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
     """Streams training rows: {"query_id", "query", "positive_passages", "negative_passages"}; only docids are kept."""
     first: dict[str, int] = {}
-    for number, row in _objects(path):
+
+    def train_row(line: str, path: Path, number: int) -> TrainRow:
+        row = _object(line, path, number)
         query = Query(_id(row, "query_id", path, number), _string(row, "query", path, number))
         _once(first, query.qid, "query_id", path, number)
         positives = _docids(row, "positive_passages", path, number)
         negatives = _docids(row, "negative_passages", path, number) if "negative_passages" in row else []
-        yield TrainRow(query, positives, negatives)
+        return TrainRow(query, positives, negatives)
+
+    return _records(path, train_row, on_error)
 
 
-def topics(path: Path) -> list[Query]:
-    """Reads topics: `qid TAB query`, each qid once."""
-    queries, first = [], {}
-    for number, line in lines(path):
+def topics(path: Path, on_error: OnError = None) -> list[Query]:
+    """Reads topics, `qid TAB query`, each qid once."""
+    first: dict[str, int] = {}
+
+    def topic(line: str, path: Path, number: int) -> Query:
         fields = line.split("\t")
         if len(fields) != 2:
             raise bad_line(path, number, f"{len(fields)} TAB-separated fields where 2 are expected: qid TAB query")
         _check_id(fields[0], "qid", path, number)
         _once(first, fields[0], "qid", path, number)
-        queries.append(Query(*fields))
-    return queries
+        return Query(*fields)
+
+    return list(_records(path, topic, on_error))
 
 
-def qrels(path: Path) -> tuple[Qrels, int]:
-    """Reads TREC judgments `qid Q0 docid rel`, separated by blanks or TABs.
+def queries(path: Path, on_error: OnError = None) -> list[Query]:
+    """Reads the queries of a BEIR data set, {"_id", "text"}, each _id once."""
+    first: dict[str, int] = {}
+
+    def query(line: str, path: Path, number: int) -> Query:
+        row = _object(line, path, number)
+        found = Query(_id(row, "_id", path, number), _string(row, "text", path, number))
+        _once(first, found.qid, "_id", path, number)
+        return found
+
+    return list(_records(path, query, on_error))
+
+
+def qrels(path: Path, on_error: OnError = None) -> tuple[Qrels, int]:
+    """Reads TREC judgments `qid Q0 docid rel`, separated by blanks or TABs, or BEIR's, three columns under a header.
 
     A pair judged twice keeps the higher relevance; the second value counts the pairs judged differently.
     """
     judged: Qrels = {}
     conflicts = 0
-    for number, line in lines(path):
-        fields = re.split(r"[ \t]+", line.strip(" \t"))
-        if len(fields) != 4:
-            raise bad_line(path, number, f"{len(fields)} fields where 4 are expected: qid Q0 docid rel")
-        qid, _, docid, rel = fields
-        _check_id(qid, "qid", path, number)
-        _check_id(docid, "docid", path, number)
-        if not re.fullmatch(r"[+-]?[0-9]{1,9}", rel):
-            raise bad_line(path, number, f"the relevance {_short(rel)} is not a whole number; write 0 or 1")
-        conflicts += judge(judged, qid, docid, int(rel))
+    for qid, docid, rel in judgments(path, on_error):
+        conflicts += judge(judged, qid, docid, rel)
     return judged, conflicts
+
+
+def judgments(path: Path, on_error: OnError = None) -> Iterator[tuple[str, str, int]]:
+    """Streams the judgments that `qrels` reads: qid, docid, relevance."""
+    form = ["qid", "Q0", "docid", "rel"]
+    for number, line in lines(path):
+        if number == 1 and line.strip().split("\t") == BEIR_HEADER:
+            form = BEIR_HEADER
+            continue
+        try:
+            yield _judgment(line, form, path, number)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
 
 
 def judge(judged: Qrels, qid: str, docid: str, rel: int) -> bool:
@@ -128,19 +166,58 @@ def bad_line(path: Path, number: int, what: str) -> UserError:
     return UserError(f"{path}, line {number}: {what}")
 
 
-def _objects(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    for number, line in lines(path):
+def _records(
+    path: Path,
+    parse: Callable[[str, Path, int], Record],
+    on_error: OnError,
+    on_bytes: Callable[[int], None] | None = None,
+) -> Iterator[Record]:
+    for number, line in lines(path, on_bytes):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            fault = error.msg.removesuffix(" at")
-            raise bad_line(path, number, f"not valid JSON ({fault}, column {error.colno}); write one object "
-                                         "a line, with control characters escaped") from error  # fmt: skip
-        except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
-            raise bad_line(path, number, f"JSON that cannot be read ({error}); shorten the value") from error
-        if type(row) is not dict:
-            raise bad_line(path, number, f"{_short(row)} where a JSON object is expected; write one object a line")
-        yield number, row
+            record = parse(line, path, number)
+        except UserError as error:
+            if on_error is None:
+                raise
+            on_error(error)
+        else:
+            yield record
+
+
+def _passage(line: str, path: Path, number: int) -> Passage:
+    row = _object(line, path, number)
+    key = next((key for key in PASSAGE_FIELDS if key in row), "docid")
+    docid, text = _id(row, key, path, number), _string(row, PASSAGE_FIELDS[key], path, number)
+    title = "" if row.get("title") is None else _string(row, "title", path, number)
+    if PASSAGE_FIELDS[key] == "contents" and "title" not in row:
+        title, _, text = text.partition("\n\n") if "\n\n" in text else ("", "", text)
+    return Passage(docid, title, text)
+
+
+def _judgment(line: str, form: list[str], path: Path, number: int) -> tuple[str, str, int]:
+    fields = line.split("\t") if form is BEIR_HEADER else re.split(r"[ \t]+", line.strip(" \t"))
+    if len(fields) != len(form):
+        hint = "; three columns need the header line query-id TAB corpus-id TAB score" if len(fields) == 3 else ""
+        raise bad_line(path, number, f"{len(fields)} fields where {len(form)} are expected: {' '.join(form)}{hint}")
+    qid, docid, rel = fields[0], fields[-2], fields[-1]
+    _check_id(qid, "qid", path, number)
+    _check_id(docid, "docid", path, number)
+    if not re.fullmatch(r"[+-]?[0-9]{1,9}", rel):
+        raise bad_line(path, number, f"the relevance {_short(rel)} is not a whole number; write 0 or 1")
+    return qid, docid, int(rel)
+
+
+def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        fault = error.msg.removesuffix(" at")
+        raise bad_line(path, number, f"not valid JSON ({fault}, column {error.colno}); write one object "
+                                     "a line, with control characters escaped") from error  # fmt: skip
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, endless nesting
+        raise bad_line(path, number, f"JSON that cannot be read ({error}); shorten the value") from error
+    if type(row) is not dict:
+        raise bad_line(path, number, f"{_short(row)} where a JSON object is expected; write one object a line")
+    return row
 
 
 def _string(row: dict[str, Any], key: str, path: Path, number: int) -> str:

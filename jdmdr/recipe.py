@@ -90,7 +90,7 @@ class Recipe:
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         ensemble = c.mine.retrievers.split(",")
-        raw = [p for f in self.files.values() for p in _paths(f)]
+        raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         dense = [name for name in ensemble if name != "bm25"]
         return [
@@ -354,10 +354,6 @@ def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
         with resolved.unlocked(), resolved.ignore_type():
             resolved.steps = math.ceil(section.epochs * queries / share)
     return resolved
-
-
-def _paths(files: Any) -> list[pathlib.Path]:
-    return [*files.corpus, *files.topics.values(), *files.qrels.values(), *([files.train] if files.train else [])]
 
 
 def _empty(directory: pathlib.Path) -> None:

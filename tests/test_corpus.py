@@ -163,6 +163,56 @@ def test_a_bad_judgment_is_refused_with_its_line(ingest, line, says):
         ingest(topics={"dev": "q1\twho?\n"}, qrels={"dev": f"q1 Q0 b#0 1\n{line}\n"})
 
 
+@pytest.mark.parametrize("line, says", [
+    ("q1 a#0 1", "1 fields where 3 are expected: query-id corpus-id score"),
+    ("q1\tQ0\ta#0\t1", "4 fields"),
+    ("q1\ta#0\t1.0", "not a whole number"),
+    ("q1\ta 0\t1", "'docid' is .*white space"),
+])  # fmt: skip
+def test_a_bad_judgment_under_the_header_of_beir_is_refused_with_its_line(ingest, line, says):
+    with pytest.raises(UserError, match=rf"qrels\.dev\.tsv, line 2: .*{says}"):
+        ingest(topics={"dev": "q1\twho?\n"}, qrels={"dev": f"query-id\tcorpus-id\tscore\n{line}\n"})
+
+
+def test_three_columns_without_their_header_are_refused_with_the_header_to_add(ingest):
+    with pytest.raises(UserError, match=r"line 1: 3 fields .* need the header line query-id TAB corpus-id TAB score"):
+        ingest(topics={"dev": "q1\twho?\n"}, qrels={"dev": "q1\ta#0\t1\n"})
+
+
+def test_the_titles_of_pyserini_contents_stand_before_the_first_empty_line(ingest):
+    contents = ["A title\n\ntext\n\nmore", "no title\nsecond line", ""]
+    _, out = ingest([{"id": str(i), "contents": text} for i, text in enumerate(contents)])
+    assert all_passages(out) == [
+        Passage("0", "A title", "text\n\nmore"),
+        Passage("1", "", "no title\nsecond line"),
+        Passage("2", "", ""),
+    ]
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"id": 7, "contents": "x"}, "'id' is 7, and ids are strings"),
+    ({"_id": 7, "text": "x"}, "'_id' is 7, and ids are strings"),
+    ({"_id": "7", "title": "x"}, "the field 'text' is missing"),
+    ({"name": "7", "text": "x"}, "the field 'docid' is missing"),
+])  # fmt: skip
+def test_a_passage_in_the_form_of_another_collection_is_held_to_the_same_rules(ingest, row, says):
+    with pytest.raises(UserError, match=rf"corpus\.jsonl, line 1: .*{says}"):
+        ingest([row])
+
+
+@pytest.mark.parametrize("row, says", [
+    ({"_id": 1, "text": "x"}, "'_id' is 1, and ids are strings"),
+    ({"_id": "q1", "text": "x"}, '_id "q1" was used before, in line 1'),
+    ({"_id": "q2"}, "'text' is missing"),
+])  # fmt: skip
+def test_a_bad_query_of_a_file_for_all_splits_is_refused_with_its_line(tmp_path, row, says):
+    files = make(tmp_path / "in", qrels={"dev": "q1 Q0 a#0 1\n"})
+    path = tmp_path / "in" / "queries.jsonl"
+    corpus.write_jsonl(path, [{"_id": "q1", "text": "who?"}, row])
+    with pytest.raises(UserError, match=rf"queries\.jsonl, line 2: .*{says}"):
+        corpus.ingest("xx", files._replace(queries=path), tmp_path / "out")
+
+
 @pytest.mark.parametrize("split", ["dev", "train"])
 def test_qrels_that_name_no_passage_of_the_corpus_are_refused(ingest, split):
     with pytest.raises(UserError, match=rf"qrels\.{split}\.tsv judges no passage of the corpus .*'z#9'.*'a#0'"):

@@ -1,17 +1,25 @@
 """The file layouts that `discover` knows.
 
-A layout is a function from the data root to entries (kind, lang, split, paths): kind is corpus, topics, qrels or train;
-split is "" for corpus and train; only a corpus has several paths. A new layout is one more function and its line in
-`LAYOUTS`. File contents are not looked at here; whether a file is gzipped is told by its bytes, not by its name.
+A layout is a function from the data root to entries (kind, lang, split, paths): kind is corpus, topics, qrels, queries
+or train; split is "" for all but topics and qrels; only a corpus has several paths. `queries` is one file with the
+queries of every split, which the qrels tell apart. lang is "" where no name tells the language. A new layout is one more
+function and its line in `LAYOUTS`. File contents are not looked at here; whether a file is gzipped is told by its bytes,
+and what its records look like by its first one (`reading.py`).
 """
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 Entry = tuple[str, str, str, list[Path]]
+
+MRTYDI_LANGUAGES = {
+    "arabic": "ar", "bengali": "bn", "english": "en", "finnish": "fi", "indonesian": "id", "japanese": "ja",
+    "korean": "ko", "russian": "ru", "swahili": "sw", "telugu": "te", "thai": "th",
+}  # fmt: skip
 
 
 def plain(root: Path) -> Iterator[Entry]:
@@ -30,14 +38,18 @@ def plain(root: Path) -> Iterator[Entry]:
 
 
 def miracl(root: Path) -> Iterator[Entry]:
-    """The published names of MIRACL v1.0 (Zhang et al., TACL 2023), https://github.com/project-miracl/miracl."""
-    for parent in (root, root / "corpus"):
+    """The published names of MIRACL v1.0 (Zhang et al., TACL 2023), https://github.com/project-miracl/miracl.
+
+    The hub's two repositories, `miracl` and `miracl-corpus`, may be cloned side by side under the root.
+    """
+    for parent in (root, root / "corpus", root / "miracl-corpus"):
         for path in _listing(parent):
             match = re.fullmatch(r"miracl-corpus-v1\.0-(.+)", path.name)
             if match and (shards := _shards(path)):
                 yield "corpus", match[1], "", shards
-    homes = [root, *(path for path in _listing(root) if re.fullmatch(r"miracl-v1\.0-.+", path.name))]
-    for home in homes:
+    parents = (root, root / "miracl")
+    homes = [home for parent in parents for home in _listing(parent) if re.fullmatch(r"miracl-v1\.0-.+", home.name)]
+    for home in (root, *homes):
         for kind in ("topics", "qrels"):
             for path in _listing(home / kind):
                 name = rf"{kind}\.miracl-v1\.0-(.+?)-(test-[a-z]|[^-]+)\.tsv(\.gz)?"
@@ -45,7 +57,45 @@ def miracl(root: Path) -> Iterator[Entry]:
                     yield kind, match[1], match[2], [path]
 
 
-LAYOUTS = {"plain": plain, "miracl": miracl}
+def mrtydi(root: Path) -> Iterator[Entry]:
+    """The published names of Mr. TyDi (Zhang et al., MRL 2021), https://github.com/castorini/mr.tydi, v1.0 and v1.1.
+
+    Unpacked archives hold `collection/docs.jsonl.gz`, `topic.SPLIT.tsv`, `qrels.SPLIT.txt`; the hub's repositories, which
+    may be cloned side by side as `mr-tydi` and `mr-tydi-corpus`, `corpus.jsonl.gz` and `ir-format-data/topics.SPLIT.txt`,
+    `ir-format-data/qrels.SPLIT.txt`. The hub's train.jsonl.gz is left alone: nobody judged its negatives, which are BM25's.
+    """
+    parents = (root, root / "mr-tydi", root / "mr-tydi-corpus")
+    for home in (root, *(home for parent in parents for home in _listing(parent))):
+        match = re.fullmatch(r"mrtydi-v1\.[01]-([a-z]+)", os.path.basename(os.path.abspath(home)))
+        lang = MRTYDI_LANGUAGES.get(match[1]) if match else None
+        if not lang:
+            continue
+        for path in (*_listing(home), *_listing(home / "collection")):
+            if re.fullmatch(r"(corpus|docs)\.jsonl(\.gz)?", path.name):
+                yield "corpus", lang, "", [path]
+        for path in (*_listing(home), *_listing(home / "ir-format-data")):
+            if match := re.fullmatch(r"(topic|qrel)s?\.([^.]+)\.(tsv|txt)(\.gz)?", path.name):
+                yield f"{match[1]}s", lang, match[2], [path]
+
+
+def beir(root: Path) -> Iterator[Entry]:
+    """A data set of BEIR (Thakur et al., NeurIPS 2021): `corpus.jsonl`, `queries.jsonl` and `qrels/SPLIT.tsv`.
+
+    The root is one, or directories named by their language lie side by side under it.
+    """
+    for home, lang in ((root, ""), *((path, path.name) for path in _listing(root))):
+        files = {path.name.removesuffix(".gz"): path for path in _listing(home)}
+        if "queries.jsonl" not in files and (home != root or "corpus.jsonl" not in files):
+            continue
+        for kind in ("corpus", "queries"):
+            if path := files.get(f"{kind}.jsonl"):
+                yield kind, lang, "", [path]
+        for path in _listing(home / "qrels"):
+            if match := re.fullmatch(r"([^.]+)\.tsv(\.gz)?", path.name):
+                yield "qrels", lang, match[1], [path]
+
+
+LAYOUTS = {"plain": plain, "miracl": miracl, "mrtydi": mrtydi, "beir": beir}
 
 
 def _listing(directory: Path) -> list[Path]:
