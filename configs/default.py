@@ -23,6 +23,8 @@ def get_config():
     c.data = ConfigDict()
     c.data.root = TINYPEDIA  # directory with corpus/, topics/, qrels/ and perhaps train/ (docs/data.md)
     c.data.langs = ""  # comma-separated; empty: all that are found
+    c.data.fields = "title,text"  # of a passage's JSON object, joined by a blank, that are its text
+    c.data.splits = ""  # NAME=TOPICS:QRELS:CORPUS, ... (docs/evaluation.md); empty: all that are found, own corpus
     c.data.valid_share = (
         0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
     )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
+from jdmdr import splits
+from jdmdr.corpus import parse_fields
 from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
 from jdmdr.index import SEARCHERS
@@ -63,6 +65,8 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
+    parse_fields(config.data.fields)
+    splits.parse(config.data.splits)
     retrievers = config.mine.retrievers.split(",")
     if not set(retrievers) <= set(RETRIEVERS):
         raise UserError(f"mine.retrievers is {config.mine.retrievers!r}; it lists warmup, bm25, or both")

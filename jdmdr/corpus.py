@@ -91,6 +91,15 @@ class Collection:
             places[open_] += 1
         return rows
 
+    def shares_docids(self, other: Collection) -> bool:
+        """Whether a docid of this collection is one of the other's too."""
+        smaller, larger = sorted((self, other), key=len)
+        places = np.searchsorted(larger._hash, smaller._hash)
+        places[places == len(larger)] -= 1
+        alike = np.flatnonzero(larger._hash[places] == smaller._hash)
+        # equal hashes of unequal docids are one in 2**64 pairs, so the first few settle it
+        return bool((larger.rows(smaller.docids(smaller._rows[alike[:100]])) >= 0).any())
+
     def _valid(self, rows: int | Sequence[int] | np.ndarray) -> np.ndarray:
         """Row -1 means "no hit" elsewhere, so it must not be taken for the last row."""
         rows = np.asarray(rows, np.int64)
@@ -111,15 +120,24 @@ def passage_text(passage: Passage) -> str:
     return f"{passage.title} {passage.text}" if passage.title else passage.text
 
 
+def parse_fields(text: str) -> tuple[str, ...]:
+    """The fields that `data.fields` names."""
+    fields = tuple(name.strip() for name in text.split(","))
+    if not all(fields) or not set(fields) - {"title"} or len(set(fields)) < len(fields):
+        raise UserError(f"data.fields is {text!r}; it lists fields of the corpus, once each, such as title,text")
+    return fields
+
+
 def article(docid: str) -> str:
     """The article of a passage: what stands before the last "#" of its docid, or the whole docid."""
     return docid.rpartition("#")[0] or docid
 
 
-def splits(directory: Path) -> list[str]:
-    """The splits of an ingested language that have both queries and qrels, sorted."""
-    names = (path.name.removeprefix("queries.").removesuffix(".jsonl") for path in directory.glob("queries.*.jsonl"))
-    return sorted(split for split in names if (directory / f"qrels.{split}.tsv").exists())
+def topics(directory: Path) -> list[str]:
+    """The names of an ingested language's query sets, sorted."""
+    return sorted(
+        path.name.removeprefix("queries.").removesuffix(".jsonl") for path in directory.glob("queries.*.jsonl")
+    )
 
 
 def read_queries(directory: Path, split: str) -> list[Query]:
@@ -154,29 +172,48 @@ def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def ingest(lang: str, files: LanguageFiles, out_dir: Path) -> IngestReport:
-    """Writes the files of a language into `out_dir` in the form above; texts are streamed, ids are held.
+    """Writes the files of a language that stands alone into `out_dir` in the form above."""
+    report = write_passages(lang, files, out_dir)
+    write_queries(lang, files, out_dir, report)
+    return report
 
-    Judgments of qids without a topic are left out. Judgments of passages that the corpus does not hold stay in the
-    qrels, where they count as not retrieved, except in `train`: its qrels are the union of the train qrels (the higher
-    relevance wins) and the training rows (positives 1, negatives 0), over known passages and over queries that have a
-    known positive. Raises UserError for input that cannot be what was meant.
-    """
+
+def write_passages(
+    lang: str, files: LanguageFiles, out_dir: Path, fields: Sequence[str] = reading.FIELDS
+) -> IngestReport:
+    """Writes the passages and their ids; texts are streamed, ids are held. A passage's text is its `fields`
+    (`reading.passages`)."""
     report = IngestReport()
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_passages(lang, files.corpus, out_dir, report)
-    for split in sorted({*files.topics, *files.qrels, *([TRAIN] if files.train else [])}):
-        _write_split(lang, split, files, out_dir, report)
+    _write_passages(lang, files.corpus, out_dir, report, fields)
     return report
+
+
+def write_queries(
+    lang: str, files: LanguageFiles, out_dir: Path, report: IngestReport, elsewhere: Sequence[Collection] = ()
+) -> None:
+    """Writes the queries and judgments beside the passages, and counts them in `report`.
+
+    Judgments of qids without a topic are left out; where topics and qrels have different names, which may be put
+    together later (`data.splits`), any topics of the language count. Judgments of passages that the corpus does not hold
+    stay in the qrels, except in `train`: its qrels are the union of the train qrels (the higher relevance wins) and the
+    training rows (positives 1, negatives 0), over known passages and over queries that have a known positive.
+    `elsewhere` are the collections of other languages that judgments may name passages of. Raises UserError for input
+    that cannot be what was meant.
+    """
+    topics = {name: dict(reading.topics(path)) for name, path in files.topics.items()}
+    for split in sorted({*files.topics, *files.qrels, *([TRAIN] if files.train else [])}):
+        _write_split(lang, split, files, topics, elsewhere, out_dir, report)
 
 
 # ---------------------------------------------------------------------------------------------------------- passages
 
 
-def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestReport) -> None:
+def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestReport, fields: Sequence[str]) -> None:
     passage_ends, docid_ends, digests = array.array("q", [0]), array.array("q", [0]), bytearray()
     with open(out_dir / "passages.jsonl", "wb") as passages, open(out_dir / "docids.txt", "wb") as docids:
         for path in paths:
-            for passage in reading.passages(path):
+            for passage in reading.passages(path, fields):
                 row = {"docid": passage.docid, "title": passage.title, "text": passage.text}
                 passage_ends.append(passage_ends[-1] + passages.write(_to_json(row).encode() + b"\n"))
                 docid_ends.append(docid_ends[-1] + docids.write(passage.docid.encode() + b"\n"))
@@ -235,11 +272,14 @@ def _map_bytes(path: Path) -> mmap.mmap:
 # ------------------------------------------------------------------------------------------------ queries and judgments
 
 
-def _write_split(lang: str, split: str, files: LanguageFiles, out_dir: Path, report: IngestReport) -> None:
+def _write_split(
+    lang: str, split: str, files: LanguageFiles, topics: Mapping[str, Mapping[str, str]],
+    elsewhere: Sequence[Collection], out_dir: Path, report: IngestReport,
+) -> None:  # fmt: skip
     collection = Collection(out_dir)
     judged, conflicts = reading.qrels(files.qrels[split]) if split in files.qrels else ({}, 0)
-    queries = dict(split_queries(files, split, judged))
-    if judged and len(_unknown(judged, collection)) == len(_judged_docids(judged)):
+    queries = dict(topics[split] if split in topics else split_queries(files, split, judged))
+    if judged and len(_unknown(judged, collection, *elsewhere)) == len(_judged_docids(judged)):
         docid = next(iter(_judged_docids(judged)))
         raise UserError(f"{files.qrels[split]} judges no passage of the corpus {files.corpus[0]} (its first docid is "
                         f"{docid!r}, the corpus's {collection.docid(0)!r}); give qrels made for it")  # fmt: skip
@@ -256,7 +296,8 @@ def _write_split(lang: str, split: str, files: LanguageFiles, out_dir: Path, rep
     warn(conflicts, "judgments contradict an earlier one of the same pair; the higher relevance is kept")
     warn(sum(not text or text.isspace() for text in queries.values()), "queries are empty; they are kept")
 
-    strangers = [qid for qid in judged if qid not in queries]
+    asked = queries if queries or split == TRAIN else {qid for of_set in topics.values() for qid in of_set}
+    strangers = [qid for qid in judged if qid not in asked]
     dropped += sum(len(judged.pop(qid)) for qid in strangers)
     warn(len(strangers), "judged queries have no topic and are left out")
 
@@ -273,8 +314,13 @@ def _write_split(lang: str, split: str, files: LanguageFiles, out_dir: Path, rep
             del queries[qid]
             judged.pop(qid, None)
     else:
-        warn(report.unknown_docids[split], "judged passages are not in the corpus; they count as not retrieved")
-        warn(sum(qid not in judged for qid in queries), "topics have no judgments and are not evaluated")
+        dangling = _unknown(judged, collection, *elsewhere)
+        missing = sum(docid in dangling for of_query in judged.values() for docid in of_query)
+        warn(missing, "judged passages are not in the corpus; they count as not retrieved")
+        warn(report.unknown_docids[split] - missing, "judged passages are in the corpus of another language: data.splits "
+             "says what is searched")  # fmt: skip
+        anywhere = judged if split in files.qrels else _judged_qids(files.qrels.values())
+        warn(sum(qid not in anywhere for qid in queries), "topics have no judgments and are not evaluated")
 
     report.queries[split], report.dropped[split] = len(queries), dropped
     report.positives[split] = sum(rel > 0 for of_query in judged.values() for rel in of_query.values())
@@ -304,6 +350,13 @@ def _judged_docids(judged: reading.Qrels) -> dict[str, None]:
     return {docid: None for of_query in judged.values() for docid in of_query}
 
 
-def _unknown(judged: reading.Qrels, collection: Collection) -> set[str]:
+def _judged_qids(paths: Iterable[Path]) -> set[str]:
+    return {qid for path in paths for qid in reading.qrels(path)[0]}
+
+
+def _unknown(judged: reading.Qrels, *collections: Collection) -> set[str]:
+    """The judged docids that none of the collections holds."""
     docids = list(_judged_docids(judged))
-    return {docids[i] for i in np.flatnonzero(collection.rows(docids) < 0)}
+    for collection in collections:
+        docids = [docids[i] for i in np.flatnonzero(collection.rows(docids) < 0)]
+    return set(docids)

@@ -1,4 +1,4 @@
-"""Searches and evaluates: TREC runs, metrics per language and system, and their macro averages.
+"""Searches and evaluates: TREC runs, metrics per language and system, and how sure they are.
 
     python -m jdmdr.evaluate --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 
@@ -13,78 +13,91 @@ from typing import Any
 
 import numpy as np
 
-from jdmdr import metrics, progress
+from jdmdr import metrics, progress, scores
 from jdmdr.index.fusion import choose_weight, fuse
+from jdmdr.language_bias import language_bias
 from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
+from jdmdr.metrics import Qrels, Run
 from jdmdr.mine import BM25, Retriever
+from jdmdr.splits import POOLED, TRAINING, Split, Target
 from jdmdr.types import NO_HIT, Hits
 from jdmdr.workdir import write_json
 
-MEASURES = ("ndcg@10", "recall@100", "mrr@10", "map")
 SELECTION_MEASURE = "ndcg@10"
 HYBRID = "hybrid"
 WEIGHT_GRID = np.round(np.arange(0.0, 1.01, 0.05), 2).tolist()
-DECIMALS = 6
 
 # (system, language, split) -> retriever
-Retrievers = Callable[[str, str, str], Retriever]
+Retrievers = Callable[[str, str, Split], Retriever]
 
 
 def evaluate(
-    library: Library, training: Sequence[TrainingQuery], systems: Sequence[str], retrievers: Retrievers, config: Any,
-    seed: int, out_dir: pathlib.Path,
+    library: Library, training: Sequence[TrainingQuery], splits: Sequence[Split], systems: Sequence[str],
+    retrievers: Retrievers, config: Any, seed: int, out_dir: pathlib.Path,
 ) -> dict[str, Any]:  # fmt: skip
-    """Evaluates `systems` (BM25 first, the trained encoder last) and their hybrid on every judged split but `train`.
+    """Evaluates `systems` (BM25 first, the trained encoder last) and their hybrid on every split.
 
-    Writes `{split}.{system}.{lang}.trec`, `metrics.json` ({split: {"systems": {system: {measure: {"avg", lang}}}}}) and
-    `intervals.json` (bootstrap intervals of the averages). Languages without judged queries are left out of the averages.
+    Writes `SPLIT.SYSTEM.LANG.trec`, `SPLIT.LANG.qrels`, the tables of `scores.write`, and for the splits over several
+    languages `language_bias.json`. Languages without judged queries are left out of the averages. A language of a split
+    whose runs are all there is not searched again.
     """
     weight = _hybrid_weight(library, training, systems[-1], retrievers, config)
-    scores: dict[str, Any] = {}
-    intervals: dict[str, Any] = {}
-    work = [(split, index) for split in library.judged_splits() for index in range(len(library.langs))]
+    names = (*systems, HYBRID)
+    found: dict[str, scores.Scores] = {}
+    bias: dict[str, Any] = {}
+    work = [(split, lang) for split in splits for lang in library.langs]
     left_out = set()
-    for split, index in progress.bar(work, "  searching", "language splits"):
-        lang = library.langs[index]
-        qids, _ = library.queries(lang, split)
-        qrels = library.qrels(lang, split)
-        rows = np.array([row for row, qid in enumerate(qids) if qid in qrels], np.int64)
-        if not len(rows):
-            left_out.add(f"{lang} has no judged {split} query")
+    for split, lang in progress.bar(work, "  searching", "language splits"):
+        target = Target(library, lang, split)
+        if not target.langs:
             continue
-        depth = min(config.depth, len(library.collections[index]))
-        hits = {name: retrievers(name, lang, split).search(rows, depth) for name in systems}
-        hits[HYBRID] = fuse([hits[systems[-1]], hits[BM25]], config.hybrid, [weight, 1 - weight], depth)
-        docid = docid_lookup(library.collections[index], hits.values())
-        for name, found in hits.items():
-            run_qids = [qids[row] for row in rows]
-            metrics.write_run(out_dir / f"{split}.{name}.{lang}.trec", run_qids, found, docid, name)
-            run = as_run(run_qids, found, docid)
-            for measure, values in metrics.evaluate_run(qrels, run, MEASURES).items():
-                scores.setdefault(split, {}).setdefault(name, {}).setdefault(measure, {})[lang] = list(values.values())
-    if not scores:
+        if not target.qrels:
+            left_out.add(f"{lang} has no judged {split.name} query")
+            continue
+        paths = {name: out_dir / f"{split.name}.{name}.{lang}.trec" for name in names}
+        if not all(path.exists() for path in paths.values()):
+            _search(library, target, systems, retrievers, config, weight, paths)
+        runs = {name: metrics.read_run(path) for name, path in paths.items()}
+        metrics.write_qrels(out_dir / f"{split.name}.{lang}.qrels", target.qrels)
+        found.setdefault(split.name, scores.Scores()).add(lang, target.qrels, runs)
+        if split.corpus in POOLED:
+            for name, figures in _bias(target, runs, config.depth).items():
+                bias.setdefault(split.name, {}).setdefault(name, {})[lang] = figures
+    if not found:
         progress.say("  nothing to evaluate: no split but train has both topics and qrels (topics/{lang}.{split}.tsv)")
     for line in sorted(left_out):
         progress.say(f"  {line}: left out")
-    table = {
-        split: {
-            "systems": {name: {m: _averages(values) for m, values in of.items()} for name, of in systems_of.items()}
-        }
-        for split, systems_of in scores.items()
-    }
-    for split, systems_of in scores.items():
-        for name, of in systems_of.items():
-            for measure in ("ndcg@10", "recall@100"):
-                per_query = {lang: np.array(values) for lang, values in of[measure].items()}
-                low, high = metrics.bootstrap_interval(per_query, seed, config.bootstrap)
-                intervals.setdefault(split, {}).setdefault(name, {})[measure] = [
-                    round(low, DECIMALS),
-                    round(high, DECIMALS),
-                ]
-    write_json(out_dir / "metrics.json", table)
-    write_json(out_dir / "intervals.json", intervals)
+    scores.write(found, out_dir, seed, config.bootstrap)
+    if bias:
+        write_json(out_dir / "language_bias.json", scores.rounded(bias))
     held_out = sum(q.held_out for q in training)
-    return {"hybrid_weight": weight, "held_out_queries": held_out, "splits": sorted(table)}
+    return {"hybrid_weight": weight, "held_out_queries": held_out, "splits": sorted(found)}
+
+
+def _search(
+    library: Library, target: Target, systems: Sequence[str], retrievers: Retrievers, config: Any, weight: float,
+    paths: dict[str, pathlib.Path],
+) -> None:  # fmt: skip
+    """Writes the runs of all systems and of the hybrid for one language of a split."""
+    split, lang = target.split, target.lang
+    qids, _ = library.queries(lang, split.topics)
+    rows = np.array([row for row, qid in enumerate(qids) if qid in target.qrels], np.int64)
+    depth = min(config.depth, len(target))
+    hits = {name: retrievers(name, lang, split).search(rows, depth) for name in systems}
+    hits[HYBRID] = fuse([hits[systems[-1]], hits[BM25]], config.hybrid, [weight, 1 - weight], depth)
+    docid = docid_lookup(target, hits.values())
+    for name, found in hits.items():
+        metrics.write_run(paths[name], [qids[row] for row in rows], found, docid, name)
+
+
+def _bias(target: Target, runs: dict[str, Run], depth: int) -> dict[str, Any]:
+    qrels: Qrels = target.qrels
+    names = sorted({name for by_qid in (qrels, *runs.values()) for of_query in by_qid.values() for name in of_query})
+    languages = dict(zip(names, target.languages(names), strict=True))
+    depth = min(depth, len(target))
+    return {
+        system: language_bias(qrels, run, languages, target.lang, target.langs, depth) for system, run in runs.items()
+    }
 
 
 def as_run(qids: Sequence[str], hits: Hits, docid: Callable[[int], str]) -> dict[str, dict[str, float]]:
@@ -108,14 +121,6 @@ def ndcg_by_rows(positives: Sequence[np.ndarray], hits: Hits, langs: Sequence[in
     return float(np.mean(means)), float(error)
 
 
-def _averages(values: dict[str, list[float]]) -> dict[str, float]:
-    means = {lang: float(np.mean(per_query)) for lang, per_query in values.items()}
-    return {
-        **{lang: round(v, DECIMALS) for lang, v in means.items()},
-        "avg": round(metrics.macro_average(means), DECIMALS),
-    }
-
-
 def _hybrid_weight(
     library: Library, training: Sequence[TrainingQuery], name: str, retrievers: Retrievers, config: Any
 ) -> float:
@@ -130,7 +135,7 @@ def _hybrid_weight(
         first_row += len(library.queries(lang, TRAIN)[0])
         if len(rows):
             for system, lists in ((name, dense), (BM25, lexical)):
-                found = retrievers(system, lang, TRAIN).search(rows, config.depth)
+                found = retrievers(system, lang, TRAINING).search(rows, config.depth)
                 lists.append(_global(found, int(library.bases[index]), config.depth))
     stacked = [Hits(*(np.concatenate(part) for part in zip(*lists, strict=True))) for lists in (dense, lexical)]
     positives, langs = [q.positives for q in held_out], [q.lang for q in held_out]

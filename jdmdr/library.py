@@ -6,6 +6,8 @@ integer names a passage of the whole library.
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
@@ -13,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from jdmdr.corpus import Collection, article, read_qrels, read_queries, splits
+from jdmdr.corpus import Collection, article, read_qrels, read_queries, topics
 from jdmdr.hashing import stable_hash
 from jdmdr.types import NO_HIT, Hits
 
@@ -46,9 +48,20 @@ class Library:
         lang = np.searchsorted(self.bases, rows, side="right") - 1
         return lang, rows - self.bases[lang]
 
-    def judged_splits(self) -> list[str]:
-        """Splits with queries and judgments in some language, other than `train`."""
-        return sorted({s for lang in self.langs for s in splits(self.directory / lang)} - {TRAIN})
+    @functools.cached_property
+    def docids_are_unique(self) -> bool:
+        """Whether no two languages share a docid, so that a docid alone names a passage of the library."""
+        return not any(ours.shares_docids(theirs) for ours, theirs in itertools.combinations(self.collections, 2))
+
+    def others(self, lang: str) -> list[Collection]:
+        """The collections of other languages, where a docid alone tells which one a passage is of; none elsewhere."""
+        if not self.docids_are_unique:
+            return []
+        return [found for name, found in zip(self.langs, self.collections, strict=True) if name != lang]
+
+    def topics(self) -> list[str]:
+        """Names of the query sets of all languages, sorted; `train` among them where there are training queries."""
+        return sorted({name for lang in self.langs for name in topics(self.directory / lang)})
 
     def queries(self, lang: str, split: str) -> tuple[list[str], list[str]]:
         """Ids and texts of a split's queries, in file order; empty where the language has none."""

@@ -41,16 +41,27 @@ def evaluate_run(
             raise UserError(f"measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k and map, such as ndcg@10")
         kind, depth = match.groups()
         name = _TREC_NAMES[kind].format(depth) if kind else "map"
-        ranked = {qid: _cut(hits, int(depth)) for qid, hits in scores.items()} if kind == "mrr" else scores
-        results = pytrec_eval.RelevanceEvaluator(qrels, {name}).evaluate(ranked)
+        seen = scores
+        if kind == "mrr":
+            seen = {qid: {docid: hits[docid] for docid in ranked(hits, int(depth))} for qid, hits in scores.items()}
+        results = pytrec_eval.RelevanceEvaluator(qrels, {name}).evaluate(seen)
         values[measure] = {qid: results[qid][name] for qid in qrels}
     return values
 
 
-def _cut(hits: Mapping[str, float], depth: int) -> dict[str, float]:
-    """The first `depth` hits in trec_eval's order."""
-    ranked = sorted(hits.items(), key=lambda hit: (np.float32(hit[1]), hit[0]), reverse=True)
-    return dict(ranked[:depth])
+def ranked(hits: Mapping[str, float], depth: int) -> list[str]:
+    """The first `depth` docids in trec_eval's order."""
+    return sorted(hits, key=lambda docid: (np.float32(hits[docid]), docid), reverse=True)[:depth]
+
+
+def unjudged_share(qrels: Qrels, run: Run, depth: int) -> dict[str, float]:
+    """The hole rate: for every query of the qrels that finds something, the share of its first `depth` hits that nobody
+    judged."""
+    shares = {}
+    for qid, judged in qrels.items():
+        if found := ranked(run.get(qid, {}), depth):
+            shares[qid] = sum(docid not in judged for docid in found) / len(found)
+    return shares
 
 
 def macro_average(means: Mapping[str, float]) -> float:
@@ -72,10 +83,16 @@ def bootstrap_interval(
 
 
 def bootstrap_means(values_Q: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
-    """The means of `samples` draws with replacement, each as large as the values."""
-    rows = max(1, _BLOCK // len(values_Q))
-    blocks = [min(rows, samples - first) for first in range(0, samples, rows)]
-    return np.concatenate([values_Q[rng.integers(len(values_Q), size=(n, len(values_Q)))].mean(axis=1) for n in blocks])
+    """The means of `samples` draws with replacement, each as large as the values; of every column where there are
+    several."""
+    queries = len(values_Q)
+    means = []
+    for first in range(0, samples, max(1, _BLOCK // queries)):
+        rows = min(samples - first, max(1, _BLOCK // queries))
+        drawn = rng.integers(queries, size=(rows, queries)) + queries * np.arange(rows)[:, None]
+        counts_SxQ = np.bincount(drawn.ravel(), minlength=rows * queries).reshape(rows, queries)
+        means.append(counts_SxQ @ values_Q / queries)
+    return np.concatenate(means)
 
 
 def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docid: Callable[[int], str], tag: str) -> None:
@@ -97,6 +114,15 @@ def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docid: C
                         "blanks in a TREC run: rename them"
                     )
                 file.write(" ".join(fields) + "\n")
+    os.replace(partial, path)
+
+
+def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
+    """Writes TREC judgments, `qid Q0 docid rel`, by an atomic rename."""
+    partial = f"{os.fspath(path)}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        for qid, judged in qrels.items():
+            file.writelines(f"{qid} Q0 {docid} {rel}\n" for docid, rel in judged.items())
     os.replace(partial, path)
 
 

@@ -38,9 +38,12 @@ def bm25_retriever(index_dir: pathlib.Path, texts: Sequence[str]) -> Retriever:
     return Retriever(lambda rows, k: searcher.search([texts[row] for row in rows], k), None)
 
 
-def dense_retriever(embeddings: pathlib.Path, split: str, index: str, factory: str, mesh: Any) -> Retriever:
-    """Inner product over the embedding store of one language, by an index of `jdmdr.index.SEARCHERS`."""
-    blocks = encode.shards(embeddings, "passages")
+def dense_retriever(
+    embeddings: pathlib.Path, split: str, index: str, factory: str, mesh: Any, passages: Sequence[pathlib.Path] = ()
+) -> Retriever:
+    """Inner product over the embedding store of one language, by an index of `jdmdr.index.SEARCHERS`; over the passages
+    of other languages' stores, one after another, where they are given."""
+    blocks = [block for directory in passages or [embeddings] for block in encode.shards(directory, "passages")]
     queries_QxD = np.concatenate(encode.shards(embeddings, f"queries.{split}")).astype(np.float32)
     searcher = dense_searcher(index, blocks, mesh, factory)
     return Retriever(

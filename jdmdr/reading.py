@@ -7,12 +7,13 @@ text. A lone surrogate (a `\\ud800` escape), which is no Unicode text, becomes U
 
 from __future__ import annotations
 
+import functools
 import gzip
 import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,7 @@ from jdmdr.types import Passage, Query, UserError
 
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 
+FIELDS = ("title", "text")  # of a passage, that are its text
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 PASSAGE_FIELDS = {"docid": "text", "_id": "text", "id": "contents"}  # id and text: MIRACL; BEIR; Mr. TyDi, Pyserini
 
@@ -66,13 +68,16 @@ def lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator
         raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
 
 
-def passages(path: Path, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None) -> Iterator[Passage]:
+def passages(
+    path: Path, fields: Sequence[str] = FIELDS, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None
+) -> Iterator[Passage]:
     """Streams the passages of a corpus shard; a title that is absent or null is empty.
 
     A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
-    are the title, an empty line and the text.
+    are the title, an empty line and the text. The text is the `fields` but the title joined by one blank; without
+    "title" among them the title is empty.
     """
-    return _records(path, _passage, on_error, on_bytes)
+    return _records(path, functools.partial(_passage, fields), on_error, on_bytes)
 
 
 def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
@@ -183,14 +188,15 @@ def _records(
             yield record
 
 
-def _passage(line: str, path: Path, number: int) -> Passage:
+def _passage(fields: Sequence[str], line: str, path: Path, number: int) -> Passage:
     row = _object(line, path, number)
     key = next((key for key in PASSAGE_FIELDS if key in row), "docid")
     docid, text = _id(row, key, path, number), _string(row, PASSAGE_FIELDS[key], path, number)
     title = "" if row.get("title") is None else _string(row, "title", path, number)
     if PASSAGE_FIELDS[key] == "contents" and "title" not in row:
         title, _, text = text.partition("\n\n") if "\n\n" in text else ("", "", text)
-    return Passage(docid, title, text)
+    texts = [text if field == "text" else _string(row, field, path, number) for field in fields if field != "title"]
+    return Passage(docid, title if "title" in fields else "", " ".join(texts))
 
 
 def _judgment(line: str, form: list[str], path: Path, number: int) -> tuple[str, str, int]:

@@ -33,6 +33,7 @@ from jdmdr import (
     progress,
     report,
     sources,
+    splits,
     tokenizer,
     topics,
     train,
@@ -42,6 +43,7 @@ from jdmdr import (
 from jdmdr.check import check_config
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import Library
+from jdmdr.splits import OWN, POOLED
 from jdmdr.tokenizer import Tokenizer, TokenStore
 from jdmdr.train import VOLATILE
 from jdmdr.types import UserError
@@ -61,6 +63,10 @@ class Recipe:
     @functools.cached_property
     def files(self) -> dict[str, Any]:
         return datasets.discover(pathlib.Path(self.config.data.root), self.config.data.langs)
+
+    @functools.cached_property
+    def splits(self) -> list[splits.Split]:
+        return splits.resolve(self.config.data.splits, self.files)
 
     @functools.cached_property
     def library(self):
@@ -92,9 +98,10 @@ class Recipe:
         ensemble = c.mine.retrievers.split(",")
         raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        pooled = any(s.corpus in POOLED for s in self.splits)
         dense = [name for name in ensemble if name != "bm25"]
         return [
-            Stage("corpus", self.ingest, {"langs": sorted(self.files)}, files=tuple(raw)),
+            Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
             *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
@@ -102,6 +109,7 @@ class Recipe:
             Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
                   ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
+            *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
             Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(["bm25"] if "bm25" in ensemble else []), *(["embeddings-warmup"] if dense else []))),
@@ -111,22 +119,29 @@ class Recipe:
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
                   ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
             Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
-            Stage("evaluate", self.evaluate, {"name": c.name, **plain["evaluate"], **split},
-                  ("corpus", "bm25", "embeddings-warmup", "embeddings")),
+            Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
+                  ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup", "embeddings")),
             Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
             Stage("report", self.report, {}, ("corpus", "negatives", "train", "evaluate", "export")),
         ]  # fmt: skip
 
     def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        counts = {}
+        fields = corpus.parse_fields(self.config.data.fields)
         for lang, files in progress.bar(self.files.items(), "  reading", "languages", total=len(self.files)):
             if not (out_dir / lang).exists():
                 partial = out_dir / f".{lang}.partial"
                 _empty(partial)
-                report = corpus.ingest(lang, files, partial)
-                workdir.write_json(partial / "report.json", dataclasses.asdict(report))
+                report = corpus.write_passages(lang, files, partial, fields)
+                workdir.write_json(partial / "passages.json", dataclasses.asdict(report))
                 partial.rename(out_dir / lang)
-            counts[lang] = workdir.read_json(out_dir / lang / "report.json")
+        counts = {}
+        for lang, files in self.files.items():
+            path = out_dir / lang / "report.json"
+            if not path.exists():
+                report = corpus.IngestReport(**workdir.read_json(out_dir / lang / "passages.json"))
+                corpus.write_queries(lang, files, out_dir / lang, report, self.library.others(lang))
+                workdir.write_json(path, dataclasses.asdict(report))
+            counts[lang] = workdir.read_json(path)
             for warning in counts[lang].get("warnings", ()):
                 progress.say(f"  warning: {warning}")
         return counts
@@ -158,10 +173,11 @@ class Recipe:
         return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
 
     def tokenize(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        splits = ["train", *self.library.judged_splits()]
         for lang, collection in progress.bar(self._languages(), "  tokenising", "languages"):
             work = {"passages": ("passage", self._texts(collection))}
-            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in splits}
+            work |= {
+                f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in self.library.topics()
+            }
             for name, (side, texts) in work.items():
                 if not tokenizer.has_tokens(out_dir / name, lang):
                     tokenizer.write_tokens(self._tokenizer(side), texts, out_dir / name, lang)
@@ -234,12 +250,17 @@ class Recipe:
             Bm25Searcher(self._texts(collection)).save(out_dir / lang)
         return {}
 
+    def index_bm25_pool(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        texts = itertools.chain.from_iterable(self._texts(collection) for _, collection in self._languages())
+        Bm25Searcher(texts).save(out_dir)
+        return {}
+
     def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
         encoder_config, params = self._model(stage)
         encoder = encoders.build(encoder_config)
         sides = {"passages": (self.stores.passages, c.encoder.passage_length)}
-        for split in ["train", *self.library.judged_splits()]:
+        for split in self.library.topics():
             store = TokenStore(self.directory / "tokens" / f"queries.{split}", self.library.langs, self.vocab_size)
             sides[f"queries.{split}"] = (store, c.encoder.query_length)
         bar = progress.bar(None, "  encoding", "texts", total=sum(len(store) for store, _ in sides.values()))
@@ -252,11 +273,15 @@ class Recipe:
         bar.close()
         return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
 
-    def _retriever(self, system: str, lang: str, split: str, index: str, factory: str = "Flat"):
+    def _retriever(self, system: str, lang: str, topics: str, index: str, factory: str = "Flat", corpus: str = OWN):
+        """Ranks `corpus` (jdmdr/splits.py) for the queries `topics` of a language."""
+        searched = splits.members(self.library, lang, corpus)
         if system == mine.BM25:
-            return mine.bm25_retriever(self.directory / "bm25" / lang, self.library.queries(lang, split)[1])
-        embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings") / lang
-        return mine.dense_retriever(embeddings, split, index, factory, self.mesh)
+            home = self.directory / ("bm25-pool" if corpus in POOLED else f"bm25/{searched[0]}")
+            return mine.bm25_retriever(home, self.library.queries(lang, topics)[1])
+        embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings")
+        passages = [embeddings / member for member in searched]
+        return mine.dense_retriever(embeddings / lang, topics, index, factory, self.mesh, passages)
 
     def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config.mine
@@ -304,18 +329,13 @@ class Recipe:
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         systems = ("bm25", "warmup", self.config.name)
 
-        def retriever(system: str, lang: str, split: str):
-            return self._retriever(system, lang, split, "exact")
+        def retriever(system: str, lang: str, split: splits.Split):
+            return self._retriever(system, lang, split.topics, "exact", corpus=split.corpus)
 
         return evaluate.evaluate(
-            self.library,
-            self.training,
-            systems,
-            functools.cache(retriever),
-            self.config.evaluate,
-            self.config.seed,
-            out_dir,
-        )
+            self.library, self.training, self.splits, systems, functools.cache(retriever), self.config.evaluate,
+            self.config.seed, out_dir,
+        )  # fmt: skip
 
     def export(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config

@@ -7,13 +7,13 @@ unweighted mean of the languages' means, so its tests resample within each langu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
 
 from jdmdr import hashing
-from jdmdr.metrics import AVERAGE, bootstrap_means, macro_average
+from jdmdr.metrics import AVERAGE, bootstrap_means
 
 PerQuery = Mapping[str, np.ndarray]  # {lang: one value a query}
 
@@ -43,26 +43,39 @@ def compare(a: PerQuery, b: PerQuery, seed: int, samples: int = SAMPLES) -> dict
     difference as large arises when each query's two values are swapped at random. p_bootstrap is that of the paired
     bootstrap test (Efron and Tibshirani 1993, 16.4; Sakai, SIGIR 2006), from the same samples as the interval. Both are
     (1 + hits) / (1 + samples), never 0. p_t is that of Student's paired t-test; for the average, Welch's, languages being
-    the strata. The random numbers depend on (seed, language) alone, not on the other languages.
+    the strata. The random numbers depend on (seed, language, its queries) alone.
     """
-    if not a or {lang: len(v) for lang, v in a.items()} != {lang: len(v) for lang, v in b.items()}:
+    return compare_all({None: (a, b)}, seed, samples)[None]
+
+
+def compare_all(
+    pairs: Mapping[Hashable, tuple[PerQuery, PerQuery]], seed: int, samples: int = SAMPLES
+) -> dict[Hashable, dict[str, Comparison]]:
+    """`compare` for many pairs over the same queries, from the same random numbers."""
+    sizes = [{lang: len(values) for lang, values in of.items()} for pair in pairs.values() for of in pair]
+    if not sizes or not sizes[0] or any(of != sizes[0] for of in sizes):
         raise ValueError(
             "the systems must have values for the same queries of the same languages, one language or more"
         )
-    differences = {lang: np.asarray(a[lang], np.float64) - np.asarray(b[lang], np.float64) for lang in sorted(a)}
-    flipped = {lang: _flipped_means(values_Q, seed, lang, samples) for lang, values_Q in differences.items()}
-    drawn = {
-        lang: bootstrap_means(values_Q, hashing.rng(seed, "bootstrap", lang), samples)
-        for lang, values_Q in differences.items()
+    langs = sorted(sizes[0])
+    differences = {
+        lang: np.stack(
+            [np.asarray(a[lang], np.float64) - np.asarray(b[lang], np.float64) for a, b in pairs.values()], 1
+        )
+        for lang in langs
     }
-    means = {lang: float(values_Q.mean()) for lang, values_Q in differences.items()}
-    found = {
-        lang: _comparison(means[lang], flipped[lang], drawn[lang], _t_test([values_Q]), len(values_Q))
-        for lang, values_Q in differences.items()
-    }
-    strata = list(differences.values())
-    flipped_S, drawn_S = (np.mean(list(of.values()), axis=0) for of in (flipped, drawn))
-    found[AVERAGE] = _comparison(macro_average(means), flipped_S, drawn_S, _t_test(strata), sum(map(len, strata)))
+    means_LxM = np.array([differences[lang].mean(axis=0) for lang in langs])
+    flipped = [_flipped_means(differences[lang], hashing.rng(seed, "randomisation", lang), samples) for lang in langs]
+    drawn = [bootstrap_means(differences[lang], hashing.rng(seed, "bootstrap", lang), samples) for lang in langs]
+    found = {}
+    for m, pair in enumerate(pairs):
+        strata = [differences[lang][:, m] for lang in langs]
+        found[pair] = {
+            lang: _comparison(means_LxM[i, m], flipped[i][:, m], drawn[i][:, m], [strata[i]])
+            for i, lang in enumerate(langs)
+        }
+        over_langs = (np.mean([of[:, m] for of in samples_of], axis=0) for samples_of in (flipped, drawn))
+        found[pair][AVERAGE] = _comparison(means_LxM[:, m].mean(), *over_langs, strata)
     return found
 
 
@@ -97,12 +110,31 @@ def corrected(comparisons: Mapping[Hashable, Mapping[str, Comparison]]) -> dict[
     return result
 
 
+def table(
+    scores: Mapping[str, Mapping[str, PerQuery]], measures: Sequence[str], seed: int
+) -> dict[str, dict[str, dict[str, dict[str, Comparison]]]]:
+    """`{measure: {system: {baseline: {lang: Comparison}}}}` for `scores[system][measure]`: each system against all that
+    stand before it, the pairs of one measure corrected together."""
+    pairs = [(system, baseline) for i, system in enumerate(scores) for baseline in list(scores)[:i]]
+    keys = [(measure, *pair) for measure in measures for pair in pairs]
+    if not keys:
+        return {}
+    found = compare_all({(m, a, b): (scores[a][m], scores[b][m]) for m, a, b in keys}, seed)
+    result: dict[str, dict] = {}
+    for measure in measures:
+        family = corrected({pair: found[measure, *pair] for pair in pairs})
+        for (system, baseline), by_lang in family.items():
+            result.setdefault(measure, {}).setdefault(system, {})[baseline] = by_lang
+    return result
+
+
 def _comparison(
-    difference: float, flipped_S: np.ndarray, drawn_S: np.ndarray, p_t: float | None, queries: int
+    difference: float, flipped_S: np.ndarray, drawn_S: np.ndarray, strata: Sequence[np.ndarray]
 ) -> Comparison:
     low, high = np.quantile(drawn_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     p, p_bootstrap = _share_beyond(flipped_S, difference), _share_beyond(drawn_S - difference, difference)
-    return Comparison(difference, float(low), float(high), p, p_bootstrap, p_t, queries)
+    queries = sum(map(len, strata))
+    return Comparison(float(difference), float(low), float(high), p, p_bootstrap, _t_test(strata), queries)
 
 
 def _share_beyond(null_S: np.ndarray, difference: float) -> float:
@@ -110,18 +142,18 @@ def _share_beyond(null_S: np.ndarray, difference: float) -> float:
     return float(1 + (np.abs(null_S) >= abs(difference) - slack).sum()) / (1 + len(null_S))
 
 
-def _flipped_means(values_Q: np.ndarray, seed: int, lang: str, samples: int) -> np.ndarray:
-    """Means of the values under random signs. `scipy.stats.permutation_test` gives the same, 15 times as slowly."""
-    rng = hashing.rng(seed, "randomisation", lang)
-    rows = max(1, _BLOCK // len(values_Q))
+def _flipped_means(values_QxM: np.ndarray, rng: np.random.Generator, samples: int) -> np.ndarray:
+    """Means of each column under random signs. `scipy.stats.permutation_test` gives the same, 15 times as slowly."""
+    queries = len(values_QxM)
+    rows = max(1, _BLOCK // queries)
     means = []
     for first in range(0, samples, rows):
-        flips_SxQ = rng.integers(0, 2, size=(min(rows, samples - first), len(values_Q)), dtype=np.int8)
-        means.append(values_Q.mean() - 2 * (flips_SxQ @ values_Q) / len(values_Q))
+        flips_SxQ = rng.integers(0, 2, size=(min(rows, samples - first), queries), dtype=np.int8)
+        means.append(values_QxM.mean(axis=0) - 2 * (flips_SxQ.astype(np.float64) @ values_QxM) / queries)
     return np.concatenate(means)
 
 
-def _t_test(strata: list[np.ndarray]) -> float | None:
+def _t_test(strata: Sequence[np.ndarray]) -> float | None:
     """p of the t statistic of the strata's mean mean, degrees of freedom by Welch and Satterthwaite."""
     if min(map(len, strata)) < 2:
         return None

@@ -337,12 +337,51 @@ def test_a_pair_judged_twice_keeps_the_higher_relevance(ingest):
 
 
 def test_a_language_may_lack_judgments_topics_and_training_queries(ingest):
-    report, out = ingest(topics={"test-a": "q1\twho?"}, qrels={"dev": "q1 Q0 a#0 1", "empty": ""})
-    assert (
-        corpus.splits(out) == [] and corpus.read_queries(out, "train") == [] and corpus.read_qrels(out, "train") == {}
-    )
+    report, out = ingest(topics={"test-a": "q1\twho?"}, qrels={"dev": "q2 Q0 a#0 1", "empty": ""})
+    assert corpus.topics(out) == ["test-a"]
+    assert corpus.read_queries(out, "train") == [] and corpus.read_qrels(out, "train") == {}
+    assert corpus.read_qrels(out, "dev") == {}
     assert corpus.read_queries(out, "test-a") == [Query("q1", "who?")]
     assert len(report.warnings) == 2
+
+
+def test_topics_and_qrels_of_other_names_are_kept_for_each_other(ingest):
+    topics = {"test": "q1\twho?\nq2\twhere?", "clean": "q2\twhere?"}
+    report, out = ingest(topics=topics, qrels={"test": "q1 0 a#0 1\nq2 0 b#0 1", "mono": "q2 0 b#0 1\nq9 0 b#0 1"})
+    assert corpus.topics(out) == ["clean", "test"]
+    assert corpus.read_qrels(out, "mono") == {"q2": {"b#0": 1}}
+    assert report.warnings == ["xx, mono: 1 judged queries have no topic and are left out"]
+
+
+def test_judged_passages_of_another_language_do_not_dangle(tmp_path):
+    other = make(tmp_path / "yy", [{"docid": "z#0", "text": "third"}])
+    corpus.write_passages("yy", other, tmp_path / "out-yy")
+    files = make(tmp_path / "in", topics={"dev": "q1\twho?"}, qrels={"dev": "q1 Q0 a#0 1\nq1 Q0 z#0 1\nq1 Q0 w 1"})
+    report = corpus.write_passages("xx", files, tmp_path / "out")
+    corpus.write_queries("xx", files, tmp_path / "out", report, [corpus.Collection(tmp_path / "out-yy")])
+    assert report.unknown_docids == {"dev": 2}
+    assert report.warnings == [
+        "xx, dev: 1 judged passages are not in the corpus; they count as not retrieved",
+        "xx, dev: 1 judged passages are in the corpus of another language: data.splits says what is searched",
+    ]
+    foreign = make(tmp_path / "zz", topics={"dev": "q1\twho?"}, qrels={"dev": "q1 Q0 z#0 1"})
+    report = corpus.write_passages("zz", foreign, tmp_path / "out-zz")
+    with pytest.raises(UserError, match="judges no passage"):
+        corpus.write_queries("zz", foreign, tmp_path / "out-zz", report)
+    corpus.write_queries("zz", foreign, tmp_path / "out-zz", report, [corpus.Collection(tmp_path / "out-yy")])
+
+
+def test_the_fields_of_a_passage_are_those_named(tmp_path):
+    path = tmp_path / "corpus.jsonl"
+    path.write_text('{"docid": "1", "title": "T", "text": "t", "context": "around t"}\n')
+    for fields, passage in [("title,text", ("T", "t")), ("text", ("", "t")), ("text, context", ("", "t around t")),
+                            ("context,title", ("T", "around t"))]:  # fmt: skip
+        assert list(reading.passages(path, corpus.parse_fields(fields))) == [Passage("1", *passage)]
+    with pytest.raises(UserError, match="line 1: the field 'contxt' is missing .*context"):
+        list(reading.passages(path, ("text", "contxt")))
+    for fields in ("", "title", "text,,context", "text,text"):
+        with pytest.raises(UserError, match="data.fields"):
+            corpus.parse_fields(fields)
 
 
 # ----------------------------------------------------------------------------------------------------------- training
@@ -372,7 +411,7 @@ def test_training_data_is_the_union_of_qrels_and_training_rows(ingest):
         "3 judged passages are not in the corpus",
         "2 training queries have no positive passage in the corpus",
     ]
-    assert corpus.splits(out) == ["train"]
+    assert corpus.topics(out) == ["train"]
 
 
 def test_training_data_comes_from_topics_and_qrels_alone_or_from_rows_alone(ingest):
@@ -486,7 +525,7 @@ def test_tinypedia_is_read_whole(tmp_path, lang, files):
     report = corpus.ingest(lang, files, tmp_path)
     counts = {"dev": 384, "test": 192, "train": 384}
     assert (report.passages, report.queries, report.positives) == (240, counts, counts)
-    assert not report.warnings and corpus.splits(tmp_path) == ["dev", "test", "train"]
+    assert not report.warnings and corpus.topics(tmp_path) == ["dev", "test", "train"]
     assert all_passages(tmp_path) == [
         Passage(**json.loads(line)) for line in files.corpus[0].read_bytes().split(b"\n") if line
     ]

@@ -9,21 +9,23 @@ from jdmdr.corpus import passage_text
 from jdmdr.index.fusion import fuse
 from jdmdr.library import Library
 from jdmdr.mine import Retriever
+from jdmdr.splits import TRAINING
 from jdmdr.types import Hits
 
 SYSTEMS = ("bm25", "warmup", "dmdr")
 
 
 def retriever(finished):
-    return lambda system, lang, split: finished._retriever(system, lang, split, "exact")
+    return lambda system, lang, split: finished._retriever(system, lang, split.topics, "exact", corpus=split.corpus)
 
 
-def run(finished, out_dir, library=None, training=None, retrievers=None, **changes):
+def run(finished, out_dir, library=None, training=None, retrievers=None, splits=None, **changes):
     keys = finished.config.evaluate.copy_and_resolve_references().unlock()
     keys.update(changes)
     out_dir.mkdir(exist_ok=True)
     return evaluate.evaluate(
-        library or finished.library, finished.training if training is None else training, SYSTEMS,
+        library or finished.library, finished.training if training is None else training,
+        finished.splits if splits is None else splits, SYSTEMS,
         retrievers or retriever(finished), keys, 0, out_dir,
     )  # fmt: skip
 
@@ -113,7 +115,7 @@ def test_weight_is_chosen_on_the_held_out_queries_by_the_one_standard_error_rule
             queries = [q for q in finished.training if q.held_out and q.lang == index]
             first = sum(len(finished.library.queries(before, "train")[0]) for before in ("en", "sw")[:index])
             rows = np.array([q.row - first for q in queries])
-            dense, lexical = (retriever(finished)(s, lang, "train").search(rows, 24) for s in ("dmdr", "bm25"))
+            dense, lexical = (retriever(finished)(s, lang, TRAINING).search(rows, 24) for s in ("dmdr", "bm25"))
             fused = fuse([dense, lexical], finished.config.evaluate.hybrid, [weight, 1 - weight], 24)
             values = []
             for query, found in zip(queries, fused.rows_QxK, strict=True):
@@ -150,10 +152,10 @@ def test_held_out_queries_decide_the_weight(finished, tmp_path):
         positives[finished.library.langs[query.lang], query.qid] = query.positives - finished.library.bases[query.lang]
 
     def retrievers(system, lang, split):
-        qids, _ = finished.library.queries(lang, split)
+        qids, _ = finished.library.queries(lang, split.topics)
 
         def search(rows, k):
-            if split != "train" or system != "dmdr":
+            if split != TRAINING or system != "dmdr":
                 right = np.full((len(rows), 1), 23)
             else:
                 right = np.array([positives[lang, qids[row]][:1] for row in rows])
@@ -181,3 +183,89 @@ def test_language_without_judged_queries_is_left_out_of_the_average(finished, ev
             assert values == {"avg": english, "en": english}
     assert table["test"] == evaluated[2]["test"]
     assert "sw has no judged dev query: left out" in capsys.readouterr().err
+
+
+# --- splits over other corpora, and the files beside metrics.json ----------------------------------------------------
+
+SPLITS = "test,en=test:test:en,pool=test:test:pool,parallel=test:test:parallel"
+
+
+@pytest.fixture(scope="module")
+def modes(finished, tmp_path_factory):
+    """The directory of an evaluation over every kind of corpus."""
+    from jdmdr.recipe import Recipe
+
+    config = finished.config.copy_and_resolve_references().unlock()
+    config.data.splits = SPLITS
+    recipe = Recipe(config, tmp_path_factory.mktemp("modes"))
+    for stage in ("corpus", "bm25", "embeddings", "embeddings-warmup"):
+        (recipe.directory / stage).symlink_to(finished.directory / stage)
+    recipe.index_bm25_pool(recipe.directory / "bm25-pool")
+    out_dir = recipe.directory / "evaluate"
+    run(recipe, out_dir, splits=recipe.splits)
+    return out_dir
+
+
+def test_an_own_corpus_gives_the_figures_it_gives_alone(evaluated, modes):
+    table = json.loads((modes / "metrics.json").read_text())
+    assert list(table) == ["en", "parallel", "pool", "test"] and table["test"] == evaluated[2]["test"]
+
+
+def test_a_cross_lingual_split_searches_the_named_language_for_the_others(finished, modes):
+    table = json.loads((modes / "metrics.json").read_text())["en"]["systems"]
+    assert sorted(table["dmdr"]["ndcg@10"]) == ["avg", "sw"]
+    english = finished.library.collections[0]
+    found = metrics.read_run(modes / "en.dmdr.sw.trec")
+    assert {docid for hits in found.values() for docid in hits} == set(english.docids(range(24)))
+    embeddings = finished.directory / "embeddings"
+    q_QxD, p_CxD = (np.load(embeddings / name).astype(np.float32)
+                    for name in ("sw/queries.test-00000.npy", "en/passages-00000.npy"))  # fmt: skip
+    qids = finished.library.queries("sw", "test")[0]
+    for qid, scores in zip(qids, q_QxD @ p_CxD.T, strict=True):
+        assert max(found[qid], key=found[qid].get) == english.docid(int(scores.argmax()))
+
+
+def test_a_pool_ranks_all_languages_together(finished, modes):
+    found = rankings(modes / "pool.dmdr.sw.trec")
+    embeddings = finished.directory / "embeddings"
+    q_QxD = np.load(embeddings / "sw/queries.test-00000.npy").astype(np.float32)
+    p_CxD = np.concatenate([np.load(embeddings / lang / "passages-00000.npy") for lang in ("en", "sw")])
+    names = [f"{lang}:{d}" for i, lang in enumerate(("en", "sw"))
+             for d in finished.library.collections[i].docids(range(24))]  # fmt: skip
+    for qid, scores in zip(finished.library.queries("sw", "test")[0], q_QxD @ p_CxD.T.astype(np.float32), strict=True):
+        best = {names[i] for i in np.argsort(-scores)[:5]}
+        assert len(best & set(found[qid][:5])) >= 4  # ties and rounding may swap the fifth
+        assert len(found[qid]) == 48
+    for name, relevant in (("pool", 1), ("parallel", 2)):
+        lines = (modes / f"{name}.sw.qrels").read_text().split("\n")[:-1]
+        assert len(lines) == relevant * len(found)
+    mixed = json.loads((modes / "metrics.json").read_text())
+    assert mixed["pool"]["systems"]["bm25"]["ndcg@10"]["avg"] > 0.2
+
+
+def test_bias_is_told_for_the_pools_alone(modes):
+    bias = json.loads((modes / "language_bias.json").read_text())
+    assert sorted(bias) == ["parallel", "pool"]
+    for split, own in (("pool", 1.0), ("parallel", 0.5)):
+        for system in ("bm25", "warmup", "dmdr", "hybrid"):
+            for lang, figures in bias[split][system].items():
+                assert figures["expected"][lang] == own and sum(figures["shares"].values()) == pytest.approx(
+                    1, abs=1e-5
+                )
+    # words are of one language: BM25 prefers its own
+    assert bias["parallel"]["bm25"]["sw"]["own_excess"] > 0.1
+
+
+def test_runs_that_are_there_are_not_searched_again(finished, evaluated, tmp_path):
+    run(finished, tmp_path)
+    for path in tmp_path.glob("dev.*.sw.trec"):
+        path.unlink()
+
+    def retrievers(system, lang, split):
+        assert (lang, split.name) == ("sw", "dev") or split == TRAINING
+        return retriever(finished)(system, lang, split)
+
+    run(finished, tmp_path, retrievers=retrievers)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == {
+        p.name: p.read_bytes() for p in evaluated[1].iterdir()
+    }

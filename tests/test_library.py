@@ -1,7 +1,9 @@
 import numpy as np
 
+from jdmdr import corpus
 from jdmdr.corpus import article
-from jdmdr.library import _held_out
+from jdmdr.datasets import LanguageFiles
+from jdmdr.library import Library, _held_out
 
 
 def test_global_rows_name_language_and_passage(library):
@@ -40,5 +42,17 @@ def test_at_least_one_article_is_held_out_and_never_all():
     assert article("x#1") == "x"
 
 
-def test_judged_splits_leave_out_train(library):
-    assert library.judged_splits() == ["dev", "test"]
+def test_the_query_sets_are_those_of_all_languages(library):
+    assert library.topics() == ["dev", "test", "train"]
+
+
+def test_docids_are_unique_where_no_language_has_anothers(library, tmp_path):
+    assert not library.docids_are_unique and library.others("en") == []
+    for i, lang in enumerate(("aa", "bb", "cc")):
+        rows = [{"docid": f"{lang}{n}", "text": "t"} for n in range(3 + i)]
+        corpus.write_jsonl(tmp_path / "in" / f"{lang}.jsonl", rows)
+        corpus.ingest(
+            lang, LanguageFiles([tmp_path / "in" / f"{lang}.jsonl"], {}, {}, None), tmp_path / "unique" / lang
+        )
+    unique = Library(tmp_path / "unique")
+    assert unique.docids_are_unique and [len(c) for c in unique.others("bb")] == [3, 5]

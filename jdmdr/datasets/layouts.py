@@ -14,6 +14,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+JSONL = r"([^.]+)\.jsonl(\.gz)?"
+POOLED = "all"  # a file of all languages, beside those of each, as XQuAD-R has; it is not read
+
 Entry = tuple[str, str, str, list[Path]]
 
 MRTYDI_LANGUAGES = {
@@ -25,9 +28,10 @@ MRTYDI_LANGUAGES = {
 def plain(root: Path) -> Iterator[Entry]:
     """`corpus/LANG.jsonl` or `corpus/LANG/*.jsonl`, `topics|qrels/LANG.SPLIT.tsv`, `train/LANG.jsonl`; all also .gz."""
     for kind in ("corpus", "train"):
-        for path in _listing(root / kind):
-            if match := re.fullmatch(r"([^.]+)\.jsonl(\.gz)?", path.name):
-                yield kind, match[1], "", [path]
+        found = {path: match[1] for path in _listing(root / kind) if (match := re.fullmatch(JSONL, path.name))}
+        for path, lang in found.items():
+            if lang != POOLED or len(found) == 1:
+                yield kind, lang, "", [path]
     for path in _listing(root / "corpus"):
         if "." not in path.name and (shards := _shards(path)):
             yield "corpus", path.name, "", shards
