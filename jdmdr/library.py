@@ -60,8 +60,8 @@ class Library:
         return [found for name, found in zip(self.langs, self.collections, strict=True) if name != lang]
 
     def topics(self) -> list[str]:
-        """Names of the query sets of all languages, sorted; `train` among them where there are training queries."""
-        return sorted({name for lang in self.langs for name in topics(self.directory / lang)})
+        """Names of the query sets of all languages, sorted; `train` is always among them."""
+        return sorted({TRAIN} | {name for lang in self.langs for name in topics(self.directory / lang)})
 
     def queries(self, lang: str, split: str) -> tuple[list[str], list[str]]:
         """Ids and texts of a split's queries, in file order; empty where the language has none."""

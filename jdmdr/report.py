@@ -152,7 +152,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
                 ["similarity", "cosine" if encoder_config.normalize else "dot product"],
                 ["query prompt", repr(c.encoder.query_prompt)],
                 ["passage prompt", repr(c.encoder.passage_prompt)],
-                ["passage text", "title, one space, text"],
+                ["passage text", c.data.fields.replace(",", ", one space, ")],
                 ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole],
                 ["hard negatives", f"{c.mine.retrievers} fused by {c.mine.fusion}"],
                 ["objective", f"{c.train.objective.name}, {c.train.objective.mode}, temperature {c.train.objective.temperature}"],
