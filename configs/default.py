@@ -54,9 +54,11 @@ def get_config():
     c.warmup.objective.mode = "none"
 
     c.mine = ConfigDict()
-    c.mine.retrievers = "warmup,bm25"  # the ensemble: the encoder that training starts from, and BM25
-    c.mine.fusion = "rrf"  # rrf | zscore | minmax
-    c.mine.weights = ()  # one weight a retriever; empty: equal
+    c.mine.retrievers = (
+        "warmup,bm25"  # the ensemble: the encoder that training starts from, BM25; more in jdmdr/retrievers.py
+    )
+    c.mine.fusion = "rrf"  # rrf | zscore | minmax | concat (of encoders alone)
+    c.mine.weights = ()  # one weight a retriever; empty: equal, for concat 1 / sigma
     c.mine.pool = "corpus"  # corpus | positives: what may be a negative; positives: what is one of another query
     c.mine.depth = 200  # candidates a query
     c.mine.index = "faiss"  # faiss | exact
@@ -134,12 +136,13 @@ def training():
     return t
 
 
-def smoke(config, arg):
-    """Shrinks `config` for `:smoke`: two languages of tinypedia, the from-scratch encoder, a few steps."""
+def smoke(config, arg, others=()):
+    """Shrinks `config` for `:smoke`: two languages of tinypedia, the from-scratch encoder, a few steps.
+
+    Any other `arg` is refused; `others` are what may stand behind the recipe's colon besides.
+    """
     if arg not in ("", "smoke"):
-        raise UserError(
-            f"{arg!r} behind the colon is not known; the recipe's docstring says what may stand there, such as smoke"
-        )
+        raise UserError(f"{arg!r} behind the colon is not known; there are: {', '.join([*others, 'smoke'])}")
     if arg:
         with config.unlocked():
             config.data.root, config.data.langs = TINYPEDIA, "en,sw"

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from ml_collections import ConfigDict
 
-from jdmdr import splits
+from jdmdr import retrievers, splits
 from jdmdr.corpus import parse_fields
 from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
 from jdmdr.index import SEARCHERS
 from jdmdr.index.fusion import METHODS
+from jdmdr.mine import CONCAT
 from jdmdr.objectives import OBJECTIVES
 from jdmdr.objectives.contrastive import MODES
 from jdmdr.planner import POLICIES
 from jdmdr.types import UserError
 from jdmdr.weights import TOPIC_SCOPES
 
-RETRIEVERS = ("warmup", "bm25")
 SYSTEMS = ("bm25", "warmup", "hybrid")  # names in metrics.json that a recipe cannot have
 
 CHOICES = {
-    "mine.fusion": METHODS,
+    "mine.fusion": (*METHODS, CONCAT),
     "mine.index": SEARCHERS,
     "mine.pool": ("corpus", "positives"),
     "topics.scope": ("dataset", "language"),
@@ -67,13 +67,21 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
     parse_fields(config.data.fields)
     splits.parse(config.data.splits)
-    retrievers = config.mine.retrievers.split(",")
-    if not set(retrievers) <= set(RETRIEVERS):
-        raise UserError(f"mine.retrievers is {config.mine.retrievers!r}; it lists warmup, bm25, or both")
+    ensemble = retrievers.parse(config.mine.retrievers)
+    if config.mine.weights and len(config.mine.weights) != len(ensemble):
+        raise UserError(
+            f"mine.weights has {len(config.mine.weights)} numbers for the {len(ensemble)} retrievers of mine.retrievers; "
+            "give one each, or none"
+        )
+    if config.mine.fusion == CONCAT and not all(spec.dense for spec in ensemble):
+        other = next(spec.name for spec in ensemble if not spec.dense)
+        raise UserError(f"mine.fusion=concat joins vectors, and {other} has none; take it out, or choose rrf")
     rules_from_config(config.filters.to_dict())
     scored = [rule for rule in SCORE_RULES if config.filters[rule] is not None]
-    if scored and "warmup" not in retrievers:
-        raise UserError(f"filters.{scored[0]} compares the scores of an encoder; add warmup to mine.retrievers")
+    if scored and not any(spec.dense for spec in ensemble):
+        raise UserError(
+            f"filters.{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers"
+        )
 
 
 def _get(config: ConfigDict, key: str):

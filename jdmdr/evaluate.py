@@ -18,7 +18,7 @@ from jdmdr.index.fusion import choose_weight, fuse
 from jdmdr.language_bias import language_bias
 from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
 from jdmdr.metrics import Qrels, Run
-from jdmdr.mine import BM25, Retriever
+from jdmdr.retrievers import BM25, Retriever
 from jdmdr.splits import POOLED, TRAINING, Split, Target
 from jdmdr.types import NO_HIT, Hits
 from jdmdr.workdir import write_json

@@ -2,54 +2,34 @@
 
     python -m jdmdr.mine --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 
-A retriever of `mine.retrievers` is `bm25` or the encoder that training starts from (`warmup`). For each language this
-writes one TREC run per retriever and one of the ensemble, and the candidates (positives dropped by id) as arrays.
+`mine.retrievers` names the ensemble (jdmdr/retrievers.py). For each language this writes one TREC run per retriever and
+one of the ensemble, the candidates (positives dropped by id), and every retriever's scores of the candidates and of the
+positives, as arrays. With `mine.fusion=concat` the dense retrievers are one index over their concatenated vectors.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdmdr import encode, metrics
+from jdmdr import metrics, retrievers
 from jdmdr.corpus import Collection
-from jdmdr.index import dense_searcher
-from jdmdr.index.bm25 import Bm25Searcher
-from jdmdr.index.fusion import Rescore, dense_rescore, fuse
+from jdmdr.index.fusion import concat_vectors, fuse, inverse_sigma_weights
 from jdmdr.library import Library, TrainingQuery, docid_lookup
+from jdmdr.retrievers import ENSEMBLE, Retriever, Vectors
 from jdmdr.types import NO_HIT, Hits, UserError
 
-BM25 = "bm25"
+CONCAT = "concat"
+SIGMA_DEPTH = 200  # hits of a query that a retriever's spread of scores is taken over
+SIGMA_QUERIES = 200  # training queries a language
+_CONCAT_ROWS = 65_536  # passages concatenated at a time
 
-
-class Retriever(NamedTuple):
-    """A way to rank one collection for queries known by their row in a split."""
-
-    search: Callable[[np.ndarray, int], Hits]  # (query rows, k) -> hits
-    rescore: Callable[[np.ndarray], Rescore] | None  # query rows -> exact scores of any pairs
-
-
-def bm25_retriever(index_dir: pathlib.Path, texts: Sequence[str]) -> Retriever:
-    """BM25 over a stored index; `texts` are the queries of the split."""
-    searcher = Bm25Searcher.load(index_dir)
-    return Retriever(lambda rows, k: searcher.search([texts[row] for row in rows], k), None)
-
-
-def dense_retriever(
-    embeddings: pathlib.Path, split: str, index: str, factory: str, mesh: Any, passages: Sequence[pathlib.Path] = ()
-) -> Retriever:
-    """Inner product over the embedding store of one language, by an index of `jdmdr.index.SEARCHERS`; over the passages
-    of other languages' stores, one after another, where they are given."""
-    blocks = [block for directory in passages or [embeddings] for block in encode.shards(directory, "passages")]
-    queries_QxD = np.concatenate(encode.shards(embeddings, f"queries.{split}")).astype(np.float32)
-    searcher = dense_searcher(index, blocks, mesh, factory)
-    return Retriever(
-        lambda rows, k: searcher.search(queries_QxD[rows], k),
-        lambda rows: dense_rescore(queries_QxD[rows], blocks),
-    )
+# language -> {name: retriever}, in the order of mine.retrievers
+Open = Callable[[str], Mapping[str, Retriever]]
 
 
 def candidate_pool(queries: Sequence[TrainingQuery], base: int, pool: str) -> np.ndarray | None:
@@ -64,46 +44,102 @@ def candidate_pool(queries: Sequence[TrainingQuery], base: int, pool: str) -> np
 
 
 class Mined(NamedTuple):
-    """Candidates of one language's training queries, best first; rows of its collection, `NO_HIT` behind."""
+    """Candidates of one language's training queries, best first; rows of its collection, `NO_HIT` behind.
+
+    `by_retriever` holds, in the order of mine.retrievers, the scores of the candidates, QxK, and of the query's
+    positives, QxM, by each retriever; NaN where there is no passage and where it did not score one: BM25 and runs made
+    elsewhere know only what they list.
+    """
 
     rows_QxK: np.ndarray  # int64
     scores_QxK: np.ndarray  # float32, of the fused list
-    dense_scores_QxK: np.ndarray  # float32, of the first dense retriever; NaN without one
-    positive_score_Q: np.ndarray  # float32, the lowest of the query's positives by the same retriever
+    by_retriever: dict[str, tuple[np.ndarray, np.ndarray]]
+
+    def dense(self, specs: Sequence[retrievers.Spec]) -> tuple[np.ndarray, np.ndarray]:
+        """By the first dense retriever of the ensemble, the scores of the candidates, QxK, and the lowest of each query's
+        positives, Q; NaN without one."""
+        name = next((spec.name for spec in specs if spec.dense), None)
+        if name is None:
+            return np.full(self.rows_QxK.shape, np.nan, np.float32), np.full(len(self.rows_QxK), np.nan, np.float32)
+        candidates_QxK, positives_QxM = self.by_retriever[name]
+        return np.asarray(candidates_QxK), np.nanmin(positives_QxM, axis=1)
 
 
 def mine_language(
-    queries: Sequence[TrainingQuery], rows: np.ndarray, base: int, retrievers: dict[str, Retriever], config: Any,
-    collection: Collection, lang: str, out_dir: pathlib.Path,
+    queries: Sequence[TrainingQuery], rows: np.ndarray, base: int, ensemble: Mapping[str, Retriever], config: Any,
+    weights: Sequence[float], collection: Collection, lang: str, out_dir: pathlib.Path, concatenated: Retriever | None,
 ) -> Mined:  # fmt: skip
-    """Mines one language and writes its runs and candidates to `out_dir`.
+    """Mines one language and writes its runs, candidates and scores to `out_dir`.
 
     Args:
       queries: its training queries; `rows` are their rows among the split's queries.
       base: global row of the collection's first passage.
+      weights: one a retriever of `ensemble`.
+      concatenated: the dense retrievers as one, which then gives the ensemble's list.
     """
     most_positives = max(len(q.positives) for q in queries)
     depth = config.depth + most_positives
-    lists = {name: retriever.search(rows, depth) for name, retriever in retrievers.items()}
-    rescore = [r.rescore(rows) if r.rescore else None for r in retrievers.values()]
-    fused = fuse(list(lists.values()), config.fusion, config.weights or [1.0] * len(lists), depth, rescore)
-    runs = {**lists, "ensemble": fused}
+    lists = {name: retriever.search(rows, depth) for name, retriever in ensemble.items()}
+    rescore = [retriever.rescore(rows) for retriever in ensemble.values()]
+    if concatenated:
+        fused = concatenated.search(rows, depth)
+    else:
+        fused = fuse(list(lists.values()), config.fusion, weights, depth, rescore)
+    runs = {**lists, ENSEMBLE: fused}
     docid = docid_lookup(collection, runs.values())
     for name, hits in runs.items():
         metrics.write_run(out_dir / f"{lang}.{name}.trec", [q.qid for q in queries], hits, docid, name)
     positives = [q.positives - base for q in queries]
     candidates = _usable(fused, positives, candidate_pool(queries, base, config.pool), config.depth)
-    dense = next((r for r in rescore if r), None)
-    mined = Mined(*candidates, *_dense_scores(candidates.rows_QxK, positives, dense))
-    for field, values in mined._asdict().items():
+    positives_QxM = np.full((len(queries), most_positives), NO_HIT)
+    for q, known in enumerate(positives):
+        positives_QxM[q, : len(known)] = known
+    by_retriever = {}
+    for (name, hits), exact in zip(lists.items(), rescore, strict=True):
+        score = exact or _listed(hits)
+        by_retriever[name] = _scores(candidates.rows_QxK, score), _scores(positives_QxM, score)
+        for kind, values in zip(SCORES, by_retriever[name], strict=True):
+            np.save(out_dir / f"{lang}.{name}.{kind}.npy", values)
+    for field, values in candidates._asdict().items():
         np.save(out_dir / f"{lang}.{field}.npy", values)
     (out_dir / f"{lang}.qids.txt").write_text("".join(f"{q.qid}\n" for q in queries), encoding="utf-8")
-    return mined
+    return Mined(*candidates, by_retriever)
 
 
-def read_mined(directory: pathlib.Path, lang: str) -> Mined:
-    """What `mine_language` wrote, memory-mapped."""
-    return Mined(*(np.load(directory / f"{lang}.{field}.npy", mmap_mode="r") for field in Mined._fields))
+SCORES = ("candidate_scores", "positive_scores")
+
+
+def read_mined(directory: pathlib.Path, lang: str, names: Sequence[str]) -> Mined:
+    """What `mine_language` wrote, memory-mapped; `names` are the retrievers'."""
+
+    def load(stem: str) -> np.ndarray:
+        return np.load(directory / f"{lang}.{stem}.npy", mmap_mode="r")
+
+    by_retriever = {name: tuple(load(f"{name}.{kind}") for kind in SCORES) for name in names}
+    return Mined(*(load(field) for field in Hits._fields), by_retriever)
+
+
+def _listed(hits: Hits) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Scores of pairs as far as a list has them, else NaN."""
+    span = int(hits.rows_QxK.max(initial=0)) + 2
+    place_QxK = np.arange(len(hits.rows_QxK))[:, None] * span + hits.rows_QxK + 1  # an empty place is row 0 of a query
+    order = np.argsort(place_QxK, axis=None)
+    places, scores = place_QxK.ravel()[order], hits.scores_QxK.ravel()[order]
+
+    def score(query_N: np.ndarray, row_N: np.ndarray) -> np.ndarray:
+        wanted = query_N * span + row_N + 1
+        at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
+        return np.where((places[at] == wanted) & (row_N < span - 1), scores[at], np.nan)
+
+    return score
+
+
+def _scores(rows_QxN: np.ndarray, score: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> np.ndarray:
+    """float32 QxN, NaN at empty places."""
+    scores_QxN = np.full(rows_QxN.shape, np.nan, np.float32)
+    query_N, place_N = np.nonzero(rows_QxN != NO_HIT)
+    scores_QxN[query_N, place_N] = score(query_N, rows_QxN[query_N, place_N])
+    return scores_QxN
 
 
 def _usable(hits: Hits, positives: Sequence[np.ndarray], pool: np.ndarray | None, depth: int) -> Hits:
@@ -119,42 +155,97 @@ def _usable(hits: Hits, positives: Sequence[np.ndarray], pool: np.ndarray | None
     return Hits(rows_QxK, np.where(rows_QxK == NO_HIT, -np.inf, scores_QxK))
 
 
-def _dense_scores(
-    rows_QxK: np.ndarray, positives: Sequence[np.ndarray], dense: Rescore | None
-) -> tuple[np.ndarray, np.ndarray]:
-    scores_QxK = np.full(rows_QxK.shape, np.nan, np.float32)
-    positive_score_Q = np.full(len(rows_QxK), np.nan, np.float32)
-    if dense:
-        query_N, place_N = np.nonzero(rows_QxK != NO_HIT)
-        scores_QxK[query_N, place_N] = dense(query_N, rows_QxK[query_N, place_N])
-        for q, known in enumerate(positives):
-            positive_score_Q[q] = dense(np.full(len(known), q), known).min()
-    return scores_QxK, positive_score_Q
-
-
 def mine(
-    library: Library, training: Sequence[TrainingQuery], retrievers: Callable[[str], dict[str, Retriever]], config: Any,
-    out_dir: pathlib.Path,
+    library: Library, training: Sequence[TrainingQuery], open_ensemble: Open, config: Any, out_dir: pathlib.Path,
+    search_vectors: Callable[[Vectors], Retriever],
 ) -> dict[str, Any]:  # fmt: skip
-    """Mines every language with training queries; returns counts per language."""
-    counts: dict[str, Any] = {}
-    first_row = 0  # of the language's queries among those of all languages
-    for index, lang in enumerate(library.langs):
-        queries = [q for q in training if q.lang == index and not q.held_out]
-        if queries:
-            rows = np.array([q.row - first_row for q in queries])
-            collection = library.collections[index]
-            mined = mine_language(
-                queries, rows, int(library.bases[index]), retrievers(lang), config, collection, lang, out_dir
-            )
-            counts[lang] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
-        first_row += len(library.queries(lang, "train")[0])
-    if not counts:
+    """Mines every language with training queries; returns counts per language and the ensemble's weights.
+
+    Args:
+      search_vectors: a retriever over vectors, for the concatenated ones.
+    """
+    work = _work(library, training)
+    if not work:
         raise UserError(
             "data.root: no language has a training query with a positive in its corpus; add train/{lang}.jsonl, or "
             "topics/{lang}.train.tsv with qrels/{lang}.train.tsv"
         )
-    return counts
+    weights = config.weights
+    if config.fusion == CONCAT and not weights:
+        samples = [_cosines(open_ensemble(library.langs[index]), rows[:SIGMA_QUERIES]) for index, _, rows in work]
+        weights = [float(w) for w in inverse_sigma_weights([np.concatenate(of) for of in zip(*samples, strict=True)])]
+    counts: dict[str, Any] = {}
+    for index, queries, rows in work:
+        lang, collection = library.langs[index], library.collections[index]
+        ensemble = open_ensemble(lang)
+        with tempfile.TemporaryDirectory(prefix=".concat.", dir=out_dir) as scratch:
+            concatenated = None
+            if config.fusion == CONCAT:
+                both = _concatenated(ensemble, weights, pathlib.Path(scratch) / "passages.npy")
+                concatenated = search_vectors(both)
+            mined = mine_language(
+                queries, rows, int(library.bases[index]), ensemble, config, weights or [1.0] * len(ensemble), collection,
+                lang, out_dir, concatenated,
+            )  # fmt: skip
+        counts[lang] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
+    names = list(open_ensemble(library.langs[work[0][0]]))
+    return {"languages": counts, "weights": dict(zip(names, weights or [1.0] * len(names), strict=True))}
+
+
+def _work(library: Library, training: Sequence[TrainingQuery]) -> list[tuple[int, list[TrainingQuery], np.ndarray]]:
+    """(language, its training queries, their rows among its queries) where there are any."""
+    out = []
+    first_row = 0  # of the language's queries among those of all languages
+    for index, lang in enumerate(library.langs):
+        queries = [q for q in training if q.lang == index and not q.held_out]
+        if queries:
+            out.append((index, queries, np.array([q.row - first_row for q in queries])))
+        first_row += len(library.queries(lang, "train")[0])
+    return out
+
+
+def _cosines(ensemble: Mapping[str, Retriever], rows: np.ndarray) -> list[np.ndarray]:
+    """Each dense retriever's cosines of its own first hits for these queries, flat."""
+    found = []
+    for retriever in ensemble.values():
+        hits = retriever.search(rows, SIGMA_DEPTH)
+        query_N, place_N = np.nonzero(hits.rows_QxK != NO_HIT)
+        row_N = hits.rows_QxK[query_N, place_N]
+        queries_QxD, norm_C = retriever.vectors.queries_QxD[rows], _norms(retriever.vectors.blocks)
+        length_N = np.linalg.norm(queries_QxD, axis=1)[query_N] * norm_C[row_N]
+        found.append(retriever.rescore(rows)(query_N, row_N) / np.where(length_N > 0, length_N, 1))
+    return found
+
+
+def _norms(blocks: Sequence[np.ndarray]) -> np.ndarray:
+    return np.concatenate(
+        [
+            np.linalg.norm(block[first : first + _CONCAT_ROWS].astype(np.float32), axis=1)
+            for block in blocks
+            for first in range(0, len(block), _CONCAT_ROWS)
+        ]
+    )
+
+
+def _concatenated(ensemble: Mapping[str, Retriever], weights: Sequence[float], path: pathlib.Path) -> Vectors:
+    """The weighted concatenation of the ensemble's vectors (`concat_vectors`); the passages' lie in `path`, mapped."""
+    vectors = [retriever.vectors for retriever in ensemble.values()]
+    rows = sum(len(block) for block in vectors[0].blocks)
+    width = sum(v.queries_QxD.shape[1] for v in vectors)
+    passages_CxD = np.lib.format.open_memmap(path, "w+", np.float32, (rows, width))
+    for first in range(0, rows, _CONCAT_ROWS):
+        parts = [_rows(v.blocks, first, min(first + _CONCAT_ROWS, rows)) for v in vectors]
+        passages_CxD[first : first + _CONCAT_ROWS] = concat_vectors(parts, weights)
+    return Vectors(concat_vectors([v.queries_QxD for v in vectors], weights), [passages_CxD])
+
+
+def _rows(blocks: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
+    """Rows [start, stop) of a collection held as blocks."""
+    parts = []
+    for block in blocks:
+        parts.append(block[max(start, 0) : max(stop, 0)])
+        start, stop = start - len(block), stop - len(block)
+    return np.concatenate(parts)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from jdmdr.corpus import Collection, passage_text
 from jdmdr.filters import Candidates, Context, apply_filters, rules_from_config
 from jdmdr.library import TrainingQuery
 from jdmdr.mine import Mined, candidate_pool
+from jdmdr.retrievers import Spec
 from jdmdr.types import NO_HIT
 
 SOURCES = ("retrieval", "judged", "random")
@@ -40,7 +41,7 @@ class Negatives(NamedTuple):
 
 
 def select(
-    mined: Mined, queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
+    mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
 ) -> tuple[Negatives, dict[str, Any]]:  # fmt: skip
     """Filters the candidates, keeps the best of each query and fills up the short ones.
 
@@ -48,6 +49,7 @@ def select(
     a positive and none twice. Returns the negatives and the counts of candidates, per filter rule, and per source.
 
     Args:
+      ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
       config: the recipe's `mine` keys; `filters` are its filter rules.
     """
 
@@ -58,7 +60,7 @@ def select(
     pool = range(len(collection)) if found_pool is None else found_pool
     count = config.negatives
     positives = [q.positives - base for q in queries]
-    candidates = Candidates(mined.rows_QxK, mined.scores_QxK, mined.dense_scores_QxK, mined.positive_score_Q)
+    candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
     kept, reasons_QxK, counts = apply_filters(candidates, rules_from_config(filters), Context(positives, text))
     rank_QxK = np.take_along_axis(
         np.broadcast_to(np.arange(1, reasons_QxK.shape[1] + 1, dtype=np.int32), reasons_QxK.shape),

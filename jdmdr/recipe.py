@@ -10,7 +10,7 @@ import math
 import pathlib
 import shutil
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -32,6 +32,7 @@ from jdmdr import (
     parallel,
     progress,
     report,
+    retrievers,
     sources,
     splits,
     tokenizer,
@@ -42,7 +43,7 @@ from jdmdr import (
 )  # fmt: skip
 from jdmdr.check import check_config
 from jdmdr.index.bm25 import Bm25Searcher
-from jdmdr.library import Library
+from jdmdr.library import TRAIN, Library
 from jdmdr.splits import OWN, POOLED
 from jdmdr.tokenizer import Tokenizer, TokenStore
 from jdmdr.train import VOLATILE
@@ -95,11 +96,13 @@ class Recipe:
         plain = c.to_dict()
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
-        ensemble = c.mine.retrievers.split(",")
+        ensemble = retrievers.parse(c.mine.retrievers)
         raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         pooled = any(s.corpus in POOLED for s in self.splits)
-        dense = [name for name in ensemble if name != "bm25"]
+        needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
+        needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
+        elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
         return [
             Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
@@ -111,8 +114,9 @@ class Recipe:
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
             *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
             Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
+            *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
             Stage("mine", self.mine, {**plain["mine"], **split},
-                  ("corpus", *(["bm25"] if "bm25" in ensemble else []), *(["embeddings-warmup"] if dense else []))),
+                  ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
             Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
@@ -173,15 +177,24 @@ class Recipe:
         return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
 
     def tokenize(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        for lang, collection in progress.bar(self._languages(), "  tokenising", "languages"):
+        self._tokenize(self._tokenizer, self.library.langs, self.library.topics(), out_dir)
+        return {}
+
+    def _tokenize(
+        self,
+        tokenizer_of: Callable[[str], Tokenizer],
+        langs: Sequence[str],
+        topics: Sequence[str],
+        out_dir: pathlib.Path,
+    ) -> None:
+        """The passages and queries of some languages as token stores; `tokenizer_of` is asked for a side."""
+        for lang in progress.bar(langs, "  tokenising", "languages"):
+            collection = self.library.collections[self.library.langs.index(lang)]
             work = {"passages": ("passage", self._texts(collection))}
-            work |= {
-                f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in self.library.topics()
-            }
+            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in topics}
             for name, (side, texts) in work.items():
                 if not tokenizer.has_tokens(out_dir / name, lang):
-                    tokenizer.write_tokens(self._tokenizer(side), texts, out_dir / name, lang)
-        return {}
+                    tokenizer.write_tokens(tokenizer_of(side), texts, out_dir / name, lang)
 
     def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
@@ -256,51 +269,110 @@ class Recipe:
         return {}
 
     def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
-        c = self.config
-        encoder_config, params = self._model(stage)
+        return self._embed(
+            self._model(stage), self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
+            self.library.topics(), out_dir,
+        )  # fmt: skip
+
+    def _embed(
+        self, model: tuple[encoders.EncoderConfig, Any], section: ConfigDict, tokens: pathlib.Path, vocab_size: int,
+        langs: Sequence[str], topics: Sequence[str], out_dir: pathlib.Path,
+    ) -> dict[str, Any]:  # fmt: skip
+        c = self.config.encode
+        encoder_config, params = model
         encoder = encoders.build(encoder_config)
-        sides = {"passages": (self.stores.passages, c.encoder.passage_length)}
-        for split in self.library.topics():
-            store = TokenStore(self.directory / "tokens" / f"queries.{split}", self.library.langs, self.vocab_size)
-            sides[f"queries.{split}"] = (store, c.encoder.query_length)
-        bar = progress.bar(None, "  encoding", "texts", total=sum(len(store) for store, _ in sides.values()))
-        embedders = {length: encode.Embedder(encoder, self.mesh, length) for _, length in sides.values()}
-        for name, (store, length) in sides.items():
-            for index, lang in enumerate(self.library.langs):
+        lengths = {"passages": section.passage_length} | {f"queries.{split}": section.query_length for split in topics}
+        stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in lengths}
+        bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
+        embedders = {length: encode.Embedder(encoder, self.mesh, length) for length in set(lengths.values())}
+        for name, store in stores.items():
+            for index, lang in enumerate(langs):
                 first, stop = store.bases[index : index + 2]
-                encode.encode_rows(embedders[length], params, store, int(first), int(stop - first), out_dir / lang, name,
-                                   c.encode.shard_rows, c.encode.dtype, bar)  # fmt: skip
+                encode.encode_rows(embedders[lengths[name]], params, store, int(first), int(stop - first), out_dir / lang,
+                                   name, c.shard_rows, c.dtype, bar)  # fmt: skip
         bar.close()
         return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
 
-    def _retriever(self, system: str, lang: str, topics: str, index: str, factory: str = "Flat", corpus: str = OWN):
+    # An encoder of the ensemble has a tokenizer, prompts and lengths of its own, and sees the training queries alone.
+
+    def _encoder_stages(self, spec: retrievers.Spec) -> list[Stage]:
+        c = self.config
+        lengths = {key: c.encoder[key] for key in ("query_length", "passage_length")}
+        source = {"source": spec.source, "preset": spec.preset, **lengths}
+        stored = {**c.encode.to_dict(), "dtype_of_matmuls": c.encoder.dtype}
+        tokens = f"tokens-{spec.name}"
+        return [
+            Stage(tokens, functools.partial(self.tokenize_for, spec), source, ("corpus",)),
+            Stage(f"embeddings-{spec.name}", functools.partial(self.embed_with, spec), stored, (tokens,)),
+        ]
+
+    def _mined_langs(self) -> list[str]:
+        return [lang for lang in self.library.langs if self.library.queries(lang, TRAIN)[0]]
+
+    def tokenize_for(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
+        section = retrievers.encoder_section(spec, self.config.encoder)
+        home = out_dir / "tokenizer"
+        tokenizer.copy_pretrained(section.name, home)
+        self._tokenize(
+            lambda side: Tokenizer(home, section[f"{side}_length"], section[f"{side}_prompt"]), self._mined_langs(), [TRAIN],
+            out_dir,
+        )  # fmt: skip
+        return {"vocab_size": Tokenizer(home, 8).vocab_size}
+
+    def embed_with(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
+        section = retrievers.encoder_section(spec, self.config.encoder)
+        tokens, langs = self.directory / f"tokens-{spec.name}", self._mined_langs()
+        vocab_size = workdir.counts_of(self.directory, tokens.name)["vocab_size"]
+        model = models.start(section, vocab_size, TokenStore(tokens / "passages", langs, vocab_size), self.config.seed)
+        return self._embed(model, section, tokens, vocab_size, langs, [TRAIN], out_dir)
+
+    def _retriever(self, system: str, lang: str, topics: str, corpus: str = OWN):
         """Ranks `corpus` (jdmdr/splits.py) for the queries `topics` of a language."""
         searched = splits.members(self.library, lang, corpus)
-        if system == mine.BM25:
+        if system == retrievers.BM25:
             home = self.directory / ("bm25-pool" if corpus in POOLED else f"bm25/{searched[0]}")
-            return mine.bm25_retriever(home, self.library.queries(lang, topics)[1])
+            return retrievers.bm25(home, self.library.queries(lang, topics)[1])
         embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings")
-        passages = [embeddings / member for member in searched]
-        return mine.dense_retriever(embeddings / lang, topics, index, factory, self.mesh, passages)
+        vectors = retrievers.stored(embeddings / lang, topics, [embeddings / member for member in searched])
+        return retrievers.dense(vectors, "exact", "Flat", self.mesh)
 
     def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config.mine
+        search = functools.partial(retrievers.dense, index=c.index, factory=c.factory, mesh=self.mesh)
 
-        def retrievers(lang: str):
-            return {name: self._retriever(name, lang, "train", c.index, c.factory) for name in c.retrievers.split(",")}
+        @functools.cache
+        def open_ensemble(lang: str) -> dict[str, retrievers.Retriever]:
+            return {spec.name: self._member(spec, lang, search) for spec in retrievers.parse(c.retrievers)}
 
-        return mine.mine(self.library, self.training, retrievers, c, out_dir)
+        return mine.mine(self.library, self.training, open_ensemble, c, out_dir, search)
+
+    def _member(self, spec: retrievers.Spec, lang: str, search: Callable) -> retrievers.Retriever:
+        """A retriever of the ensemble over the training queries of a language."""
+        qids, texts = self.library.queries(lang, TRAIN)
+        collection = self.library.collections[self.library.langs.index(lang)]
+        match spec.kind:
+            case retrievers.BM25:
+                return retrievers.bm25(self.directory / "bm25" / lang, texts)
+            case retrievers.RUN:
+                return retrievers.external_run(retrievers.run_path(spec, lang), qids, collection)
+            case retrievers.VECTORS:
+                return search(retrievers.external_vectors(pathlib.Path(spec.source), lang, qids, collection))
+        embeddings = self.directory / f"embeddings-{spec.name}" / lang
+        return search(retrievers.stored(embeddings, TRAIN, [embeddings]))
 
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
+        ensemble = retrievers.parse(c.mine.retrievers)
         totals: dict[str, Any] = {}
         for index, lang in enumerate(progress.bar(self.library.langs, "  filtering", "languages")):
             queries = [q for q in self.training if q.lang == index and not q.held_out]
             if not queries:
                 continue
             collection, base = self.library.collections[index], int(self.library.bases[index])
-            mined = mine.read_mined(self.directory / "mine", lang)
-            chosen, counts = negatives.select(mined, queries, base, collection, c.mine, c.filters.to_dict(), c.seed)
+            mined = mine.read_mined(self.directory / "mine", lang, [spec.name for spec in ensemble])
+            chosen, counts = negatives.select(
+                mined, ensemble, queries, base, collection, c.mine, c.filters.to_dict(), c.seed
+            )
             negatives.write(negatives.version_dir(out_dir, 0), lang, [q.qid for q in queries], chosen)
             rows = negatives.training_rows(queries, lang, base, collection, chosen)
             corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
@@ -330,7 +402,7 @@ class Recipe:
         systems = ("bm25", "warmup", self.config.name)
 
         def retriever(system: str, lang: str, split: splits.Split):
-            return self._retriever(system, lang, split.topics, "exact", corpus=split.corpus)
+            return self._retriever(system, lang, split.topics, split.corpus)
 
         return evaluate.evaluate(
             self.library, self.training, self.splits, systems, functools.cache(retriever), self.config.evaluate,

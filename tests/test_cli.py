@@ -25,7 +25,7 @@ QUICKSTART = "configs/quickstart.py"
         (("--config", QUICKSTART, "--workdir", "W", "--config.data.langs=xx"), "xx"),
         (
             ("--config", QUICKSTART, "--workdir", "W", "--config.mine.retrievers=colbert"),
-            "mine.retrievers is 'colbert'",
+            "mine.retrievers: 'colbert' is neither a retriever nor a directory",
         ),
     ],
 )

@@ -16,7 +16,7 @@ SYSTEMS = ("bm25", "warmup", "dmdr")
 
 
 def retriever(finished):
-    return lambda system, lang, split: finished._retriever(system, lang, split.topics, "exact", corpus=split.corpus)
+    return lambda system, lang, split: finished._retriever(system, lang, split.topics, split.corpus)
 
 
 def run(finished, out_dir, library=None, training=None, retrievers=None, splits=None, **changes):

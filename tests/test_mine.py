@@ -1,7 +1,9 @@
+import functools
+
 import numpy as np
 import pytest
 
-from jdmdr import encode, metrics, mine
+from jdmdr import encode, metrics, mine, retrievers
 from jdmdr.corpus import passage_text
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.types import NO_HIT, UserError
@@ -44,11 +46,11 @@ def vectors(finished):
 
 def run(finished, queries, rows, base, out_dir, **changes):
     c = settings(finished, **changes)
-    retrievers = {
-        name: finished._retriever(name, LANG, "train", c.index, c.factory) for name in c.retrievers.split(",")
-    }
+    search = functools.partial(retrievers.dense, index=c.index, factory=c.factory, mesh=finished.mesh)
+    ensemble = {spec.name: finished._member(spec, LANG, search) for spec in retrievers.parse(c.retrievers)}
     collection = finished.library.collections[INDEX]
-    return mine.mine_language(queries, rows, base, retrievers, c, collection, LANG, out_dir)
+    weights = [1.0] * len(ensemble)
+    return mine.mine_language(queries, rows, base, ensemble, c, weights, collection, LANG, out_dir, None)
 
 
 @pytest.fixture(scope="module")
@@ -104,16 +106,37 @@ def test_pool_of_positives_keeps_what_is_a_positive_of_another_query(finished, q
         assert set(candidates[candidates != NO_HIT]) <= pool
 
 
-def test_dense_scores_and_the_lowest_positive_are_inner_products(queries, rows, base, mined, vectors):
+def test_every_retrievers_scores_of_candidates_and_positives_are_kept(queries, rows, base, mined, vectors):
+    found, out_dir = mined
+    candidates_QxK, positives_QxM = found.by_retriever["warmup"]
+    dense_QxK, lowest_Q = found.dense(retrievers.parse("bm25,warmup"))
     for q, (query, row) in enumerate(zip(queries, rows, strict=True)):
         dense_C = vectors[1] @ vectors[0][row]
-        np.testing.assert_allclose(mined[0].dense_scores_QxK[q], dense_C[mined[0].rows_QxK[q]], atol=1e-6)
-        assert mined[0].positive_score_Q[q] == pytest.approx(dense_C[query.positives - base].min(), abs=1e-6)
+        np.testing.assert_allclose(candidates_QxK[q], dense_C[found.rows_QxK[q]], atol=1e-6)
+        known = len(query.positives)
+        np.testing.assert_allclose(positives_QxM[q, :known], dense_C[query.positives - base], atol=1e-6)
+        assert np.isnan(positives_QxM[q, known:]).all()
+        assert lowest_Q[q] == positives_QxM[q, :known].min()
+    np.testing.assert_array_equal(dense_QxK, candidates_QxK)
+
+
+def test_bm25_knows_the_scores_of_what_it_listed_alone(finished, queries, mined):
+    found, out_dir = mined
+    run_ = metrics.read_run(out_dir / f"{LANG}.bm25.trec")
+    collection = finished.library.collections[INDEX]
+    unknown = 0
+    for query, rows_K, scores_K in zip(queries, found.rows_QxK, found.by_retriever["bm25"][0], strict=True):
+        for docid, score in zip(collection.docids(rows_K), scores_K.tolist(), strict=True):
+            expected = run_.get(query.qid, {}).get(docid, np.nan)
+            assert np.float32(expected) == score or (np.isnan(expected) and np.isnan(score))
+            unknown += np.isnan(score)
+    assert unknown
 
 
 def test_without_a_dense_retriever_there_are_no_dense_scores(finished, queries, rows, base, tmp_path):
     found = run(finished, queries, rows, base, tmp_path, retrievers="bm25")
-    assert np.isnan(found.dense_scores_QxK).all() and np.isnan(found.positive_score_Q).all()
+    dense_QxK, lowest_Q = found.dense(retrievers.parse("bm25"))
+    assert np.isnan(dense_QxK).all() and np.isnan(lowest_Q).all()
     assert (found.scores_QxK[found.rows_QxK == NO_HIT] == -np.inf).all()
 
 
@@ -138,8 +161,12 @@ def test_depth_beyond_the_corpus_gives_every_passage_but_the_positives(finished,
 
 def test_runs_and_arrays_on_disk_are_what_was_mined(finished, queries, mined):
     found, out_dir = mined
-    for stored, returned in zip(mine.read_mined(out_dir, LANG), found, strict=True):
-        np.testing.assert_array_equal(stored, returned)
+    stored = mine.read_mined(out_dir, LANG, ["warmup", "bm25"])
+    for kept, returned in zip(stored[:2], found[:2], strict=True):
+        np.testing.assert_array_equal(kept, returned)
+    for name, returned in found.by_retriever.items():
+        for kept, values in zip(stored.by_retriever[name], returned, strict=True):
+            np.testing.assert_array_equal(kept, values)
     collection = finished.library.collections[INDEX]
     for name in ("warmup", "bm25", "ensemble"):
         assert set(metrics.read_run(out_dir / f"{LANG}.{name}.trec")) <= {q.qid for q in queries}
@@ -159,4 +186,4 @@ def test_held_out_queries_are_not_mined(finished):
 
 def test_no_training_query_is_told_in_a_sentence(finished, tmp_path):
     with pytest.raises(UserError, match="no language has a training query"):
-        mine.mine(finished.library, [], None, settings(finished), tmp_path)
+        mine.mine(finished.library, [], None, settings(finished), tmp_path, None)

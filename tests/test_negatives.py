@@ -6,6 +6,7 @@ from ml_collections import ConfigDict
 
 from jdmdr import corpus, negatives
 from jdmdr.mine import Mined
+from jdmdr.retrievers import parse
 from jdmdr.types import NO_HIT
 
 RULES = {"near_duplicate": 0.9}
@@ -19,12 +20,14 @@ def queries(library):
 def _mined(queries, rows_QxK):
     shape = rows_QxK.shape
     scores = np.where(rows_QxK == NO_HIT, -np.inf, np.linspace(1, 0.1, shape[1])).astype(np.float32)
-    return Mined(rows_QxK, scores, scores, np.full(len(queries), 2, np.float32))
+    return Mined(rows_QxK, scores, {"warmup": (scores, np.full((len(queries), 1), 2, np.float32))})
 
 
 def _select(library, queries, rows_QxK, count, pool="corpus", seed=0):
     config = ConfigDict({"negatives": count, "pool": pool})
-    return negatives.select(_mined(queries, rows_QxK), queries, 24, library.collections[1], config, RULES, seed)
+    return negatives.select(
+        _mined(queries, rows_QxK), parse("warmup"), queries, 24, library.collections[1], config, RULES, seed
+    )
 
 
 def test_best_candidates_come_first_with_their_mined_rank_and_score(library, queries):

@@ -1,0 +1,261 @@
+"""The retrievers of an ensemble: what `mine.retrievers` can name, what each reads, and how it ranks a collection.
+
+`mine.retrievers` is a list separated by commas. An entry is
+
+    warmup              the encoder that training starts from
+    bm25                BM25
+    PRESET              a checkpoint of jdmdr/presets.py by its name, with its own pooling, prompts and lengths
+    DIR or HUB/NAME     a sentence-transformers directory or hub name (an export of jdmdr is one), with its own modules,
+                        prompts and length
+    run:PATTERN         TREC runs made elsewhere, a file a language: {lang} in PATTERN stands for its code
+    vectors:DIR         vectors made elsewhere (docs/data.md)
+
+and may be given a name, as in `splade=run:runs/{lang}.trec`; `PRESET=DIR` is that preset with weights from DIR.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from jdmdr import encode, metrics
+from jdmdr.corpus import Collection
+from jdmdr.index import dense_searcher
+from jdmdr.index.bm25 import Bm25Searcher
+from jdmdr.index.fusion import Rescore, dense_rescore
+from jdmdr.index.searcher import best_first
+from jdmdr.presets import PRESETS
+from jdmdr.types import NO_HIT, Hits, UserError
+
+WARMUP, BM25, ENCODER, RUN, VECTORS = "warmup", "bm25", "encoder", "run", "vectors"
+DENSE = (WARMUP, ENCODER, VECTORS)
+ENSEMBLE = "ensemble"  # the fused list's name among the runs
+RESERVED = (WARMUP, BM25, ENSEMBLE)
+
+
+class Spec(NamedTuple):
+    """One entry of `mine.retrievers`."""
+
+    name: str  # in files, runs and reports
+    kind: str
+    source: str = ""  # directory, hub name or pattern
+    preset: str = ""
+
+    @property
+    def dense(self) -> bool:
+        return self.kind in DENSE
+
+
+class Vectors(NamedTuple):
+    """The embeddings behind a dense retriever."""
+
+    queries_QxD: np.ndarray  # float32
+    blocks: list[np.ndarray]  # of the passages, CixD, memory-mapped
+
+
+class Retriever(NamedTuple):
+    """A way to rank one collection for queries known by their row in a split."""
+
+    search: Callable[[np.ndarray, int], Hits]  # (query rows, k) -> hits
+    vectors: Vectors | None = None  # of a dense retriever
+
+    def rescore(self, rows: np.ndarray) -> Rescore | None:
+        """Exact scores of any pairs of these queries (by place) and passages; None where only lists are known."""
+        return dense_rescore(self.vectors.queries_QxD[rows], self.vectors.blocks) if self.vectors else None
+
+
+def parse(entries: str) -> list[Spec]:
+    """`mine.retrievers` as specs; raises UserError on an empty entry and on two of one name."""
+    specs = [_spec(entry.strip()) for entry in entries.split(",")]
+    names = [spec.name for spec in specs]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise UserError(f"mine.retrievers names two retrievers {double!r}; give one a name of its own: NAME={double}")
+    return specs
+
+
+def _spec(entry: str) -> Spec:
+    name, equals, source = entry.partition("=")
+    if not equals:
+        name, source = "", entry
+    if not source or (equals and not name):
+        raise UserError(
+            f"mine.retrievers has the entry {entry!r}; separate names by single commas, and write NAME=ENTRY"
+        )
+    if source in (WARMUP, BM25) and not name:
+        return Spec(source, source)
+    kind, colon, place = source.partition(":")
+    if colon and kind in (RUN, VECTORS):
+        if not place:
+            raise UserError(f"mine.retrievers: {entry!r} names no file; write {kind}:PATH")
+        return Spec(_checked(name or kind), kind, place)
+    if source in PRESETS:
+        return Spec(_checked(name or source), ENCODER, PRESETS[source].name, source)
+    if "/" not in source and not pathlib.Path(source).is_dir():
+        raise UserError(
+            f"mine.retrievers: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, "
+            f"{', '.join(PRESETS)}, a checkpoint's directory or HUB/NAME, {RUN}:PATH and {VECTORS}:DIR"
+        )
+    return Spec(_checked(name or pathlib.PurePath(source).name), ENCODER, source, name if name in PRESETS else "")
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED:
+        raise UserError(
+            f"mine.retrievers: {name!r} cannot be the name of a retriever; give it one of letters, digits, '.', '_' and "
+            f"'-', as in NAME=ENTRY, other than {', '.join(RESERVED)}"
+        )
+    return name
+
+
+def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
+    """The `encoder` keys that this retriever encodes with: its preset's, or those its directory tells.
+
+    `section` are the recipe's own; device settings (dtype) come from there, and lengths where nothing else says them.
+    """
+    from jdmdr.encoders import pretrained  # late: it loads the hub's client
+
+    own = section.copy_and_resolve_references()
+    with own.unlocked(), own.ignore_type():
+        own.projection, own.towers, own.remat = 0, "", False
+        if spec.preset:
+            own.update(PRESETS[spec.preset].encoder())
+            own.name = spec.source
+            return own
+        directory = pretrained.find_checkpoint(spec.source)
+        own.name, own.pooling = spec.source, ""
+        own.normalize = "Normalize" in pretrained.read_modules(directory)["passage"]
+        prompts = _prompts(directory)
+        own.query_prompt = prompts.get("query", "")
+        own.passage_prompt = next((prompts[key] for key in ("document", "passage") if key in prompts), "")
+    return own
+
+
+def _prompts(directory: pathlib.Path) -> dict[str, str]:
+    path = directory / "config_sentence_transformers.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")).get("prompts") if path.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); fetch the checkpoint again") from error
+    return {key: value for key, value in (found or {}).items() if isinstance(value, str)}
+
+
+# ------------------------------------------------------------------------------------------------------- how they rank
+
+
+def bm25(index_dir: pathlib.Path, texts: Sequence[str]) -> Retriever:
+    """BM25 over a stored index; `texts` are the queries of the split."""
+    searcher = Bm25Searcher.load(index_dir)
+    return Retriever(lambda rows, k: searcher.search([texts[row] for row in rows], k))
+
+
+def dense(vectors: Vectors, index: str, factory: str, mesh: Any) -> Retriever:
+    """Inner product over vectors, by an index of `jdmdr.index.SEARCHERS`."""
+    searcher = dense_searcher(index, vectors.blocks, mesh, factory)
+    return Retriever(lambda rows, k: searcher.search(vectors.queries_QxD[rows], k), vectors)
+
+
+def stored(queries: pathlib.Path, split: str, passages: Sequence[pathlib.Path]) -> Vectors:
+    """The embeddings that a stage wrote: queries of one language, passages of one language or of several in a row."""
+    blocks = [block for directory in passages for block in encode.shards(directory, "passages")]
+    return Vectors(np.concatenate(encode.shards(queries, f"queries.{split}")).astype(np.float32), blocks)
+
+
+def external_run(path: pathlib.Path, qids: Sequence[str], collection: Collection) -> Retriever:
+    """A TREC run made elsewhere; a query that it lacks has no hit.
+
+    Raises UserError on a malformed line, on a docid that the collection does not hold, and on a run of other queries.
+    """
+    if not path.is_file():
+        raise UserError(f"mine.retrievers: {path} does not exist; write {{lang}} where the language's code stands")
+    run = metrics.read_run(path)
+    if qids and not set(run) & set(qids):
+        raise UserError(f"{path} has no training query (its first is {next(iter(run), 'none')!r}, ours {qids[0]!r})")
+    listed: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for qid in set(qids) & set(run):
+        docids = list(run[qid])
+        rows_K = collection.rows(docids)
+        if (rows_K < 0).any():
+            raise UserError(f"{path}: docid {docids[int(np.argmin(rows_K))]!r} of query {qid!r} is not in the corpus")
+        listed[qid] = rows_K, np.array(list(run[qid].values()), np.float32)
+
+    def search(rows: np.ndarray, k: int) -> Hits:
+        rows_QxK = np.full((len(rows), k), NO_HIT, np.int64)
+        scores_QxK = np.full((len(rows), k), -np.inf, np.float32)
+        for place, row in enumerate(rows):
+            rows_K, scores_K = listed.get(qids[row], (np.empty(0, np.int64), np.empty(0, np.float32)))
+            best = best_first(rows_K[None], scores_K[None])
+            found = min(k, len(rows_K))
+            rows_QxK[place, :found] = best.rows_QxK[0, :found]
+            scores_QxK[place, :found] = best.scores_QxK[0, :found]
+        return Hits(rows_QxK, scores_QxK)
+
+    return Retriever(search)
+
+
+def external_vectors(directory: pathlib.Path, lang: str, qids: Sequence[str], collection: Collection) -> Vectors:
+    """Vectors made elsewhere: `LANG.passages.npy`, `LANG.passages.txt`, `LANG.queries.npy`, `LANG.queries.txt`.
+
+    The .npy hold a vector a row, the .txt the docid or qid of each. Every passage and every query of `qids` must be
+    there, once; others are left out.
+    """
+    passages = _named_rows(directory, f"{lang}.passages", "docid", collection.docids(np.arange(len(collection))))
+    queries = _named_rows(directory, f"{lang}.queries", "qid", qids)
+    if passages.shape[1] != queries.shape[1]:
+        raise UserError(
+            f"{directory}: {lang}.passages.npy is {passages.shape[1]} wide and {lang}.queries.npy {queries.shape[1]}; "
+            "make both with one model"
+        )
+    return Vectors(queries.astype(np.float32), [passages])
+
+
+def _named_rows(directory: pathlib.Path, stem: str, kind: str, wanted: Sequence[str]) -> np.ndarray:
+    """The rows of `STEM.npy` whose ids in `STEM.txt` are `wanted`, in that order; mapped where it is the file's own."""
+    path, ids_path = directory / f"{stem}.npy", directory / f"{stem}.txt"
+    for needed in (path, ids_path):
+        if not needed.is_file():
+            raise UserError(f"mine.retrievers: {needed} does not exist; docs/data.md tells what vectors:DIR holds")
+    try:
+        vectors_CxD = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no .npy array ({error}); write it with numpy.save") from error
+    ids = ids_path.read_text(encoding="utf-8").splitlines()
+    if vectors_CxD.ndim != 2 or vectors_CxD.dtype.kind != "f" or len(vectors_CxD) != len(ids):
+        raise UserError(
+            f"{path} holds {vectors_CxD.dtype} of shape {vectors_CxD.shape} for the {len(ids)} lines of {ids_path.name}; "
+            "one row of floating-point numbers a line is expected"
+        )
+    place = {name: row for row, name in enumerate(ids)}
+    if len(place) < len(ids):
+        row = next(row for row, name in enumerate(ids) if place[name] != row)
+        raise UserError(f"{ids_path}, line {row + 1}: {kind} {ids[row]!r} stands there twice; keep one row of each")
+    if missing := next((name for name in wanted if name not in place), None):
+        raise UserError(
+            f"{ids_path} lacks the {kind} {missing!r}; vectors for every passage and training query are needed"
+        )
+    rows = np.array([place[name] for name in wanted])
+    found_CxD = vectors_CxD if np.array_equal(rows, np.arange(len(ids))) else vectors_CxD[rows]
+    finite_C = np.isfinite(found_CxD.sum(axis=1, dtype=np.float32))
+    if not finite_C.all():
+        raise UserError(f"{path}: the vector of {kind} {wanted[int(np.argmin(finite_C))]!r} holds NaN or infinity")
+    return found_CxD
+
+
+def external_files(spec: Spec, langs: Sequence[str]) -> tuple[pathlib.Path, ...]:
+    """The files there are of a run or of vectors made elsewhere; what the mining stage depends on."""
+    paths: list[pathlib.Path] = []
+    if spec.kind == RUN:
+        paths = [run_path(spec, lang) for lang in langs]
+    elif spec.kind == VECTORS:
+        parts = ("passages.npy", "passages.txt", "queries.npy", "queries.txt")
+        paths = [pathlib.Path(spec.source) / f"{lang}.{part}" for lang in langs for part in parts]
+    return tuple(path for path in dict.fromkeys(paths) if path.is_file())
+
+
+def run_path(spec: Spec, lang: str) -> pathlib.Path:
+    return pathlib.Path(spec.source.replace("{lang}", lang))
