@@ -42,6 +42,7 @@ from jdmdr import (
     workdir,
 )  # fmt: skip
 from jdmdr.check import check_config
+from jdmdr.encoders import pretrained
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN, Library
 from jdmdr.splits import OWN, POOLED
@@ -154,7 +155,8 @@ class Recipe:
         c = self.config
         name = c.tokenizer.name or c.encoder.name
         if name:
-            tokenizer.copy_pretrained(name, out_dir)
+            # The checkpoint's weights come along: that it cannot be fetched is told before any work.
+            tokenizer.copy_pretrained(c.tokenizer.name or str(pretrained.find_checkpoint(name)), out_dir)
         else:
             texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
             tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)

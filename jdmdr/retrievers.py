@@ -15,7 +15,6 @@ and may be given a name, as in `splade=run:runs/{lang}.trec`; `PRESET=DIR` is th
 
 from __future__ import annotations
 
-import json
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -118,31 +117,32 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
 
     `section` are the recipe's own; device settings (dtype) come from there, and lengths where nothing else says them.
     """
-    from jdmdr.encoders import pretrained  # late: it loads the hub's client
+    from jdmdr.encoders import huggingface, pretrained  # late: they load jax and the hub's client
 
     own = section.copy_and_resolve_references()
+    directory = pretrained.find_checkpoint(spec.source)
     with own.unlocked(), own.ignore_type():
         own.projection, own.towers, own.remat = 0, "", False
         if spec.preset:
             own.update(PRESETS[spec.preset].encoder())
-            own.name = spec.source
+            own.name = str(directory)
             return own
-        directory = pretrained.find_checkpoint(spec.source)
-        own.name, own.pooling = spec.source, ""
-        own.normalize = "Normalize" in pretrained.read_modules(directory)["passage"]
-        prompts = _prompts(directory)
+        own.name, own.pooling, own.normalize = str(directory), "", None  # the last two as its modules say
+        prompts = _json(directory / "config_sentence_transformers.json").get("prompts") or {}
         own.query_prompt = prompts.get("query", "")
         own.passage_prompt = next((prompts[key] for key in ("document", "passage") if key in prompts), "")
+        longest = _json(directory / "sentence_bert_config.json").get("max_seq_length") or own.passage_length
+        if (directory / "config.json").is_file():
+            longest = min(longest, huggingface.read_config(directory / "config.json", "mean", False).usable_positions)
+        own.query_length, own.passage_length = (min(own[f"{side}_length"], longest) for side in ("query", "passage"))
     return own
 
 
-def _prompts(directory: pathlib.Path) -> dict[str, str]:
-    path = directory / "config_sentence_transformers.json"
-    try:
-        found = json.loads(path.read_text(encoding="utf-8")).get("prompts") if path.is_file() else None
-    except (OSError, ValueError, AttributeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); fetch the checkpoint again") from error
-    return {key: value for key, value in (found or {}).items() if isinstance(value, str)}
+def _json(path: pathlib.Path) -> dict[str, Any]:
+    """A file of a sentence-transformers directory; empty where there is none."""
+    from jdmdr.encoders import huggingface
+
+    return huggingface.read_json_file(path) if path.is_file() else {}
 
 
 # ------------------------------------------------------------------------------------------------------- how they rank

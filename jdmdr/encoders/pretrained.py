@@ -65,6 +65,7 @@ def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
     directory = pathlib.Path(name_or_dir).expanduser()
     if directory.is_dir():
         return directory
+    huggingface_hub.logging.set_verbosity_error()  # what it warns of is told below
     try:
         # Fetch, then look, instead of asking the hub for its list: so it works offline from the cache too.
         directory = _fetch(str(name_or_dir), "*.safetensors")
