@@ -76,6 +76,9 @@ def get_config():
     c.filters.relative_margin = placeholder(float)  # keep scores below s+ - m |s+|
     c.filters.percent_of_positive = placeholder(float)  # keep scores below p s+
 
+    c.audit = ConfigDict()
+    c.audit.rows = 20  # candidates a language in the sheet for people to judge; 0: none
+
     c.topics = ConfigDict()
     c.topics.clusters = 12  # of spherical k-means over the positives' embeddings
     c.topics.iterations = 50  # at most

@@ -38,7 +38,7 @@ SECTION_CHOICES = {
     "objective.mode": MODES,
 }
 AT_LEAST = {
-    "seed": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
+    "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "topics.clusters": 1, "topics.iterations": 1,
     "encode.shard_rows": 1, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip

@@ -13,18 +13,30 @@ Version 0 is static; a method that mines again while it trains adds versions.
 
 from __future__ import annotations
 
+import collections
 import pathlib
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdmdr import hashing
-from jdmdr.corpus import Collection, passage_text
-from jdmdr.filters import Candidates, Context, apply_filters, rules_from_config
-from jdmdr.library import TrainingQuery
-from jdmdr.mine import Mined, candidate_pool
-from jdmdr.retrievers import Spec
+from jdmdr import hashing, progress
+from jdmdr.corpus import Collection, passage_text, write_jsonl
+from jdmdr.filters import (
+    KEPT,
+    Candidates,
+    Context,
+    Filter,
+    apply_filters,
+    audit,
+    counts_table,
+    explain,
+    rules_from_config,
+)
+from jdmdr.library import Library, TrainingQuery, docid_lookup
+from jdmdr.mine import Mined, candidate_pool, read_mined
+from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
 
 SOURCES = ("retrieval", "judged", "random")
@@ -40,13 +52,23 @@ class Negatives(NamedTuple):
     source_QxN: np.ndarray
 
 
+class Selection(NamedTuple):
+    """What the filters did to one language's candidates, and what came of it."""
+
+    candidates: Candidates
+    filters: list[Filter]
+    reasons_QxK: np.ndarray  # index of the filter that dropped a candidate, KEPT or EMPTY
+    negatives: Negatives
+    counts: dict[str, Any]  # of candidates, per filter, and per source
+
+
 def select(
     mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
-) -> tuple[Negatives, dict[str, Any]]:  # fmt: skip
+) -> Selection:  # fmt: skip
     """Filters the candidates, keeps the best of each query and fills up the short ones.
 
     Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random ones of the pool, never
-    a positive and none twice. Returns the negatives and the counts of candidates, per filter rule, and per source.
+    a positive and none twice.
 
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
@@ -61,7 +83,8 @@ def select(
     count = config.negatives
     positives = [q.positives - base for q in queries]
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
-    kept, reasons_QxK, counts = apply_filters(candidates, rules_from_config(filters), Context(positives, text))
+    rules = rules_from_config(filters)
+    kept, reasons_QxK, counts = apply_filters(candidates, rules, Context(positives, text))
     rank_QxK = np.take_along_axis(
         np.broadcast_to(np.arange(1, reasons_QxK.shape[1] + 1, dtype=np.int32), reasons_QxK.shape),
         np.argsort(reasons_QxK != -1, axis=1, kind="stable"), 1,
@@ -84,7 +107,8 @@ def select(
     # pairs, because the order of the rules matters and JSON objects are written sorted
     dropped = [[name, count] for name, count in counts.items() if name != "kept"]
     candidates_found = int((mined.rows_QxK != NO_HIT).sum())
-    return out, {"candidates": candidates_found, "dropped": dropped, "kept": counts["kept"], "sources": sources}
+    counts = {"candidates": candidates_found, "dropped": dropped, "kept": counts["kept"], "sources": sources}
+    return Selection(candidates, rules, reasons_QxK, out, counts)
 
 
 def _fill(
@@ -150,6 +174,48 @@ def training_rows(
                 for n in places
             ],
         }
+
+
+def make(
+    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, config: Any, out_dir: pathlib.Path
+) -> dict[str, Any]:
+    """Selects the negatives of every language and explains the filters; returns the counts per language.
+
+    Args:
+      config: the whole recipe.
+    """
+    ensemble = parse(config.mine.retrievers)
+    compared = next((spec.name for spec in ensemble if spec.dense), None)
+    totals: dict[str, Any] = {}
+    scored: dict[str, dict[str, explain.Scored]] = {spec.name: {} for spec in ensemble}
+    sheet: list[list[str]] = []
+    for index, lang in enumerate(progress.bar(library.langs, "  filtering", "languages")):
+        queries = [q for q in training if q.lang == index and not q.held_out]
+        if not queries:
+            continue
+        collection, base, qids = library.collections[index], int(library.bases[index]), [q.qid for q in queries]
+        mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
+        rules = config.filters.to_dict()
+        selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed)
+        write(version_dir(out_dir, 0), lang, qids, selected.negatives)
+        rows = training_rows(queries, lang, base, collection, selected.negatives)
+        write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
+        totals[lang] = selected.counts
+        for name, (candidates_QxK, positives_QxM) in mined.by_retriever.items():
+            kept_QxK = selected.reasons_QxK == KEPT
+            scored[name][lang] = explain.Scored(candidates_QxK, positives_QxM, kept_QxK)
+        shown = selected.candidates, selected.reasons_QxK, selected.filters, docid_lookup(collection, [mined])
+        (out_dir / "dropped").mkdir(exist_ok=True)
+        audit.write_drops(out_dir / "dropped" / f"{lang}.tsv", qids, *shown)
+        text = lambda row, of=collection: passage_text(of.passage(row))
+        sheet += audit.sample(lang, config.audit.rows, queries, base, *shown, text, config.seed)
+    audit.write_sheet(out_dir / "audit.csv", sheet)
+    shown = explain.explain(scored, compared, config.filters.to_dict(), out_dir)
+    dropped = collections.Counter()
+    for counts in totals.values():
+        dropped.update({**dict(counts["dropped"]), "kept": counts["kept"]})
+    progress.say(textwrap.indent(f"{shown}\n\n{counts_table(dropped)}", "  "))
+    return {"languages": totals}
 
 
 if __name__ == "__main__":

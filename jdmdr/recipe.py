@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import functools
 import itertools
 import math
 import pathlib
 import shutil
-import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,7 +22,6 @@ from jdmdr import (
     encoders,
     evaluate,
     export,
-    filters,
     mine,
     models,
     negatives,
@@ -119,7 +116,7 @@ class Recipe:
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
             Stage("negatives", self.select_negatives,
-                  {"filters": plain["filters"], "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
+                  {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
             Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
                   ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
@@ -363,27 +360,7 @@ class Recipe:
         return search(retrievers.stored(embeddings, TRAIN, [embeddings]))
 
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        c = self.config
-        ensemble = retrievers.parse(c.mine.retrievers)
-        totals: dict[str, Any] = {}
-        for index, lang in enumerate(progress.bar(self.library.langs, "  filtering", "languages")):
-            queries = [q for q in self.training if q.lang == index and not q.held_out]
-            if not queries:
-                continue
-            collection, base = self.library.collections[index], int(self.library.bases[index])
-            mined = mine.read_mined(self.directory / "mine", lang, [spec.name for spec in ensemble])
-            chosen, counts = negatives.select(
-                mined, ensemble, queries, base, collection, c.mine, c.filters.to_dict(), c.seed
-            )
-            negatives.write(negatives.version_dir(out_dir, 0), lang, [q.qid for q in queries], chosen)
-            rows = negatives.training_rows(queries, lang, base, collection, chosen)
-            corpus.write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
-            totals[lang] = counts
-        dropped = collections.Counter()
-        for counts in totals.values():
-            dropped.update({**dict(counts["dropped"]), "kept": counts["kept"]})
-        progress.say(textwrap.indent(filters.counts_table(dropped), "  "))
-        return {"languages": totals}
+        return negatives.make(self.library, self.training, self.directory / "mine", self.config, out_dir)
 
     def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
         embeddings = self.directory / "embeddings-warmup"

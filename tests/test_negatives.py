@@ -25,9 +25,10 @@ def _mined(queries, rows_QxK):
 
 def _select(library, queries, rows_QxK, count, pool="corpus", seed=0):
     config = ConfigDict({"negatives": count, "pool": pool})
-    return negatives.select(
+    found = negatives.select(
         _mined(queries, rows_QxK), parse("warmup"), queries, 24, library.collections[1], config, RULES, seed
     )
+    return found.negatives, found.counts
 
 
 def test_best_candidates_come_first_with_their_mined_rank_and_score(library, queries):

@@ -9,13 +9,11 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from jdmdr.filters.audit import EMPTY, KEPT
 from jdmdr.filters.rules import Candidates, Context, Filter, rules_from_config
 from jdmdr.types import NO_HIT
 
 __all__ = ["EMPTY", "KEPT", "Candidates", "Context", "Filter", "apply_filters", "counts_table", "rules_from_config"]
-
-KEPT = -1  # reason of a candidate that passed every filter
-EMPTY = -2  # reason of an empty place
 
 
 def apply_filters(

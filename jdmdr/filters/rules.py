@@ -41,10 +41,14 @@ class Context(NamedTuple):
 
 
 class Filter(NamedTuple):
-    """A named rule; `keep(candidates, context)` is a QxK mask, whose value at empty places does not matter."""
+    """A named rule; `keep(candidates, context)` is a QxK mask, whose value at empty places does not matter.
+
+    A rule that keeps scores below a threshold tells it: `threshold(positive_score_Q)`, Q.
+    """
 
     name: str
     keep: Callable[[Candidates, Context], np.ndarray]
+    threshold: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 # ---------------------------------------------------------------- identity
@@ -76,7 +80,7 @@ def not_near_duplicate(jaccard: float) -> Filter:
             positives = [shingles_of(int(row)) for row in context.positive_rows[q]]
             for place in np.flatnonzero(rows_K != NO_HIT):
                 shingles = shingles_of(int(rows_K[place]))
-                kept_QxK[q, place] = all(_jaccard(shingles, positive) < jaccard for positive in positives)
+                kept_QxK[q, place] = not any(_alike(shingles, positive, jaccard) for positive in positives)
         return kept_QxK
 
     return Filter("near_duplicate", keep)
@@ -87,8 +91,9 @@ def _shingles(text: str) -> set[tuple[str, ...]]:
     return {tuple(words[i : i + _SHINGLE_WORDS]) for i in range(max(1, len(words) - _SHINGLE_WORDS + 1))}
 
 
-def _jaccard(a: set, b: set) -> float:
-    return len(a & b) / len(a | b)
+def _alike(a: set, b: set, jaccard: float) -> bool:
+    # Sets of very different sizes cannot overlap enough: most pairs need no intersection.
+    return min(len(a), len(b)) >= jaccard * max(len(a), len(b)) and len(a & b) >= jaccard * len(a | b)
 
 
 # ---------------------------------------------------------------- rank
@@ -116,7 +121,7 @@ def _ranks(candidates: Candidates) -> np.ndarray:
 
 def below_score(max_score: float) -> Filter:
     """Keeps scores < `max_score` (TopK-Abs)."""
-    return Filter("max_score", lambda candidates, context: ~(candidates.threshold_scores_QxK >= max_score))
+    return _below_threshold("max_score", lambda positive_Q: np.full_like(positive_Q, max_score))
 
 
 def absolute_margin(margin: float) -> Filter:
@@ -143,6 +148,7 @@ def _below_threshold(name: str, threshold: Callable[[np.ndarray], np.ndarray]) -
         lambda candidates, context: (
             ~(candidates.threshold_scores_QxK >= threshold(candidates.positive_score_Q)[:, None])
         ),
+        threshold,
     )
 
 
