@@ -82,6 +82,35 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
         sys.exit(EXIT_TERMINATED)
 
 
+def run_tool(command: Callable[[list[str], flags.FlagValues], int], doc: str) -> None:
+    """Parses the command line of a command without a recipe, runs `command(words, flags) -> exit code`, exits.
+
+    `words` are the arguments that belong to no flag; its own flags the command has defined before. Mistakes of the user's
+    and signals end as in `run`.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        if {"--help", "-h", "--helpfull", "-help"} & set(sys.argv[1:]):
+            print(doc.strip(), flush=True)
+            sys.exit(0)
+        try:
+            words = flags.FLAGS(sys.argv)[1:]
+        except flags.Error as error:
+            raise UserError(f"{' '.join(str(error).split())}; --help shows how flags are given") from error
+        code = command(words, flags.FLAGS)
+        sys.stdout.flush()
+    except UserError as error:
+        _fail(str(error))
+    except BrokenPipeError:  # `... | head`
+        os._exit(0)
+    except (KeyboardInterrupt, Terminated) as stop:
+        progress.close_bars()
+        interrupted = isinstance(stop, KeyboardInterrupt)
+        print(f"stopped by {'Ctrl-C' if interrupted else 'SIGTERM'}", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED if interrupted else EXIT_TERMINATED)
+    sys.exit(code)
+
+
 def _disk_is_full(error: BaseException | None) -> bool:
     """Whether a full disk is what the error came from; several libraries tell it in words alone, NumPy as a short write."""
     while error:

@@ -58,7 +58,7 @@ def evaluate(
         if not all(path.exists() for path in paths.values()):
             _search(library, target, systems, retrievers, config, weight, paths)
         runs = {name: metrics.read_run(path) for name, path in paths.items()}
-        metrics.write_qrels(out_dir / f"{split.name}.{lang}.qrels", target.qrels)
+        metrics.write_qrels(out_dir / scores.qrels_file(split.name, lang), target.qrels)
         found.setdefault(split.name, scores.Scores()).add(lang, target.qrels, runs)
         if split.corpus in POOLED:
             for name, figures in _bias(target, runs, config.depth).items():

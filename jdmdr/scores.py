@@ -26,6 +26,7 @@ MEASURES = ("ndcg@10", "recall@100", "mrr@10", "map")
 TESTED = ("ndcg@10", "recall@100")  # measures with an interval and with tests
 UNJUDGED = {"hole@10": 10, "unjudged@100": 100}  # share of unjudged passages among the first hits
 DECIMALS = 6
+QUERIES = ".queries.tsv"
 COLUMNS = ("lang", "qid", "system", *MEASURES)
 
 
@@ -83,7 +84,11 @@ def write(found: Mapping[str, Scores], out_dir: pathlib.Path, seed: int, samples
 
 
 def queries_file(split: str) -> str:
-    return f"{split}.queries.tsv"
+    return f"{split}{QUERIES}"
+
+
+def qrels_file(split: str, lang: str) -> str:
+    return f"{split}.{lang}.qrels"
 
 
 def write_queries(path: pathlib.Path, scores: Scores) -> None:
