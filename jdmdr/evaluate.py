@@ -55,9 +55,10 @@ def evaluate(
             left_out.add(f"{lang} has no judged {split.name} query")
             continue
         paths = {name: out_dir / f"{split.name}.{name}.{lang}.trec" for name in names}
-        if not all(path.exists() for path in paths.values()):
-            _search(library, target, systems, retrievers, config, weight, paths)
-        runs = {name: metrics.read_run(path) for name, path in paths.items()}
+        if all(path.exists() for path in paths.values()):
+            runs = {name: metrics.read_run(path) for name, path in paths.items()}
+        else:
+            runs = _search(library, target, systems, retrievers, config, weight, paths)
         metrics.write_qrels(out_dir / scores.qrels_file(split.name, lang), target.qrels)
         found.setdefault(split.name, scores.Scores()).add(lang, target.qrels, runs)
         if split.corpus in POOLED:
@@ -77,8 +78,8 @@ def evaluate(
 def _search(
     library: Library, target: Target, systems: Sequence[str], retrievers: Retrievers, config: Any, weight: float,
     paths: dict[str, pathlib.Path],
-) -> None:  # fmt: skip
-    """Writes the runs of all systems and of the hybrid for one language of a split."""
+) -> dict[str, Run]:  # fmt: skip
+    """The runs of all systems and of the hybrid for one language of a split, which it writes."""
     split, lang = target.split, target.lang
     qids, _ = library.queries(lang, split.topics)
     rows = np.array([row for row, qid in enumerate(qids) if qid in target.qrels], np.int64)
@@ -86,8 +87,10 @@ def _search(
     hits = {name: retrievers(name, lang, split).search(rows, depth) for name in systems}
     hits[HYBRID] = fuse([hits[systems[-1]], hits[BM25]], config.hybrid, [weight, 1 - weight], depth)
     docid = docid_lookup(target, hits.values())
+    asked = [qids[row] for row in rows]
     for name, found in hits.items():
-        metrics.write_run(paths[name], [qids[row] for row in rows], found, docid, name)
+        metrics.write_run(paths[name], asked, found, docid, name)
+    return {name: as_run(asked, found, docid) for name, found in hits.items()}
 
 
 def _bias(target: Target, runs: dict[str, Run], depth: int) -> dict[str, Any]:

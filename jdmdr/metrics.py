@@ -51,7 +51,8 @@ def evaluate_run(
 
 def ranked(hits: Mapping[str, float], depth: int) -> list[str]:
     """The first `depth` docids in trec_eval's order."""
-    return sorted(hits, key=lambda docid: (np.float32(hits[docid]), docid), reverse=True)[:depth]
+    scores = np.fromiter(hits.values(), np.float32, len(hits)).tolist()
+    return [docid for _, docid in sorted(zip(scores, hits, strict=True), reverse=True)[:depth]]
 
 
 def unjudged_share(qrels: Qrels, run: Run, depth: int) -> dict[str, float]:
@@ -108,12 +109,13 @@ def write_run(path: str | os.PathLike, qids: Sequence[str], hits: Hits, docid: C
                 if row == NO_HIT:
                     break
                 fields = [qid, "Q0", docid(row), str(rank), f"{score:.9g}", tag]
-                if any(len(field.split()) != 1 for field in fields):
+                line = " ".join(fields)
+                if line.split() != fields:
                     raise UserError(
                         f"{path}: the ids {qid!r}, {docid(row)!r} and the tag {tag!r} must be free of "
                         "blanks in a TREC run: rename them"
                     )
-                file.write(" ".join(fields) + "\n")
+                file.write(line + "\n")
     os.replace(partial, path)
 
 
