@@ -36,7 +36,7 @@ _to_json = json.JSONEncoder(ensure_ascii=False).encode
 class IngestReport:
     """What an ingestion counted; per-split counts have the split as their key.
 
-    `unknown_docids` counts judgments of passages that the corpus does not hold; `dropped` counts judgments and training
+    `unknown_docids` counts judgments of passages that no corpus holds; `dropped` counts judgments and training
     queries that were left out, each for a reason that `warnings` tells.
     """
 
@@ -301,7 +301,7 @@ def _write_split(
     dropped += sum(len(judged.pop(qid)) for qid in strangers)
     warn(len(strangers), "judged queries have no topic and are left out")
 
-    unknown = _unknown(judged, collection)
+    unknown = _unknown(judged, collection, *(() if split == TRAIN else elsewhere))
     report.unknown_docids[split] = sum(docid in unknown for of_query in judged.values() for docid in of_query)
     if split == TRAIN:
         warn(report.unknown_docids[split], "judged passages are not in the corpus and are left out")
@@ -314,11 +314,7 @@ def _write_split(
             del queries[qid]
             judged.pop(qid, None)
     else:
-        dangling = _unknown(judged, collection, *elsewhere)
-        missing = sum(docid in dangling for of_query in judged.values() for docid in of_query)
-        warn(missing, "judged passages are not in the corpus; they count as not retrieved")
-        warn(report.unknown_docids[split] - missing, "judged passages are in the corpus of another language: data.splits "
-             "says what is searched")  # fmt: skip
+        warn(report.unknown_docids[split], "judged passages are not in the corpus; they count as not retrieved")
         anywhere = judged if split in files.qrels else _judged_qids(files.qrels.values())
         warn(sum(qid not in anywhere for qid in queries), "topics have no judgments and are not evaluated")
 

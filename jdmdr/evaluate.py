@@ -15,7 +15,7 @@ import numpy as np
 
 from jdmdr import metrics, progress, scores
 from jdmdr.index.fusion import choose_weight, fuse
-from jdmdr.language_bias import language_bias
+from jdmdr.language_bias import average, language_bias
 from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
 from jdmdr.metrics import Qrels, Run
 from jdmdr.retrievers import BM25, Retriever
@@ -70,6 +70,9 @@ def evaluate(
         progress.say(f"  {line}: left out")
     scores.write(found, out_dir, seed, config.bootstrap)
     if bias:
+        for of_split in bias.values():
+            for by_lang in of_split.values():
+                by_lang[metrics.AVERAGE] = average(by_lang)
         write_json(out_dir / "language_bias.json", scores.rounded(bias))
     held_out = sum(q.held_out for q in training)
     return {"hybrid_weight": weight, "held_out_queries": held_out, "splits": sorted(found)}
@@ -157,4 +160,4 @@ def _global(hits: Hits, base: int, depth: int) -> Hits:
 if __name__ == "__main__":
     from jdmdr import pipeline
 
-    pipeline.command("evaluate", __doc__)
+    pipeline.command("evaluate", __doc__, lambda directory: print(scores.averages(directory)))

@@ -14,6 +14,7 @@ import numpy as np
 from jdmdr.metrics import Qrels, Run, ranked
 
 TOP = 10
+SINGLE = ("own_excess", "own_rank", "other_rank", "aligned")
 
 
 def language_bias(
@@ -61,6 +62,12 @@ def language_bias(
         "other_rank": float(np.median(other_ranks)) if other_ranks else None,
         "aligned": float(np.mean(aligned)) if aligned else None,
     }
+
+
+def average(by_lang: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """The mean over query languages of each figure that is one number, of those that have it."""
+    known = {name: [of[name] for of in by_lang.values() if of[name] is not None] for name in SINGLE}
+    return {name: float(np.mean(values)) if values else None for name, values in known.items()}
 
 
 def _means(rows: Sequence[Sequence[float]], members: Sequence[str]) -> dict[str, float]:

@@ -9,19 +9,23 @@ evaluate, export.
 from __future__ import annotations
 
 import pathlib
+from collections.abc import Callable
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from jdmdr import cli, progress, workdir
+from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
 
-def command(target: str, doc: str) -> None:
-    """The main function of a stage's module: brings `target` up to date."""
+def command(target: str, doc: str, show: Callable[[pathlib.Path], None] | None = None) -> None:
+    """The main function of a stage's module: brings `target` up to date, and shows what it wrote."""
 
     def bring(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
         run(config, directory, target, flags.redo)
+        if show:
+            show(directory / target)
 
     cli.run(bring, doc)
 
@@ -31,6 +35,11 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
     from jdmdr.recipe import Recipe  # late: a mistake on the command line is told before jax is loaded
 
     stages = {stage.name: stage for stage in Recipe(config, directory).stages()}
+    if target not in stages:
+        raise UserError(
+            f"data.root has no training queries and nothing is set to train, so there is no {target} stage; run "
+            "jdmdr.evaluate for the figures of the encoder as it is"
+        )
     for name in _needed(stages, target):
         workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
 

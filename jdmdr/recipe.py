@@ -48,6 +48,8 @@ from jdmdr.train import VOLATILE
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
+# the stages of an evaluation without training
+ALONE = ("corpus", "tokenizer", "tokens", "warmup", "bm25", "bm25-pool", "embeddings-warmup", "evaluate")
 PARITY_TEXTS = 32  # passages that the export is checked on
 
 
@@ -74,12 +76,19 @@ class Recipe:
     @functools.cached_property
     def training(self):
         queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
-        if not any(not q.held_out for q in queries):
+        if not any(not q.held_out for q in queries) and not self.evaluates_alone:
             raise UserError(
                 f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
-                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv"
+                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv; to evaluate an encoder as it "
+                "is, set warmup.epochs and train.epochs to 0 and run jdmdr.evaluate"
             )
         return queries
+
+    @functools.cached_property
+    def evaluates_alone(self) -> bool:
+        """Whether nothing trains and there is nothing to train on: the encoder is evaluated as it is loaded."""
+        asked = any(files.train or TRAIN in {*files.topics, *files.qrels} for files in self.files.values())
+        return not asked and not _trains(self.config.warmup) and not _trains(self.config.train)
 
     @functools.cached_property
     def mesh(self):
@@ -101,7 +110,7 @@ class Recipe:
         needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
         needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
         elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
-        return [
+        every = [
             Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
@@ -122,10 +131,12 @@ class Recipe:
                   ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
             Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
             Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
-                  ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup", "embeddings")),
+                  ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
+                   *([] if self.evaluates_alone else ["embeddings"]))),
             Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
             Stage("report", self.report, {}, ("corpus", "negatives", "train", "evaluate", "export")),
         ]  # fmt: skip
+        return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
 
     def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
         fields = corpus.parse_fields(self.config.data.fields)
@@ -254,6 +265,8 @@ class Recipe:
     def warm_up(self, out_dir: pathlib.Path) -> dict[str, Any]:
         section = self.config.warmup
         encoder_config, params = self._first_encoder()
+        if self.evaluates_alone:
+            return {"steps": 0, "parameters_sha256": models.save(out_dir, encoder_config, params)}
         found = self._with_cloze(sources.pairs(self.training, self.stores), section)
         return self._run_training(out_dir, section, encoder_config, params, found, topics=1)
 
@@ -331,7 +344,9 @@ class Recipe:
         if system == retrievers.BM25:
             home = self.directory / ("bm25-pool" if corpus in POOLED else f"bm25/{searched[0]}")
             return retrievers.bm25(home, self.library.queries(lang, topics)[1])
-        embeddings = self.directory / ("embeddings-warmup" if system == "warmup" else "embeddings")
+        embeddings = self.directory / (
+            "embeddings" if system == self.config.name and not self.evaluates_alone else "embeddings-warmup"
+        )
         vectors = retrievers.stored(embeddings / lang, topics, [embeddings / member for member in searched])
         return retrievers.dense(vectors, "exact", "Flat", self.mesh)
 
@@ -378,7 +393,7 @@ class Recipe:
         return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        systems = ("bm25", "warmup", self.config.name)
+        systems = ("bm25", *([] if self.evaluates_alone else ["warmup"]), self.config.name)
 
         def retriever(system: str, lang: str, split: splits.Split):
             return self._retriever(system, lang, split.topics, split.corpus)

@@ -16,11 +16,12 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from tabulate import tabulate
 
 from jdmdr import metrics, significance
 from jdmdr.metrics import AVERAGE, Qrels, Run
 from jdmdr.types import UserError
-from jdmdr.workdir import atomic, write_json
+from jdmdr.workdir import atomic, read_json, write_json
 
 MEASURES = ("ndcg@10", "recall@100", "mrr@10", "map")
 TESTED = ("ndcg@10", "recall@100")  # measures with an interval and with tests
@@ -81,6 +82,16 @@ def write(found: Mapping[str, Scores], out_dir: pathlib.Path, seed: int, samples
     write_json(out_dir / "significance.json", rounded(tests))
     for split, of in found.items():
         write_queries(out_dir / queries_file(split), of)
+
+
+def averages(directory: pathlib.Path) -> str:
+    """The averages of an evaluation as a table: a line for each split and system."""
+    rows = [
+        [split, system, *(f"{of[measure][AVERAGE]:.3f}" for measure in MEASURES)]
+        for split, systems in read_json(directory / "metrics.json").items()
+        for system, of in systems["systems"].items()
+    ]
+    return tabulate(rows, ["split", "system", *MEASURES], disable_numparse=True, stralign="right")
 
 
 def queries_file(split: str) -> str:

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jdmdr.language_bias import language_bias
+from jdmdr.language_bias import average, language_bias
 
 LANGUAGES = {name: name[:2] for name in ("en1", "en2", "en3", "sw1", "sw2", "th1", "th2")}
 MEMBERS = ["en", "sw", "th"]
@@ -42,3 +42,9 @@ def test_queries_without_a_relevant_passage_of_a_kind_are_left_out_of_its_figure
     assert found["own_rank"] == 1 and found["expected"] == {"en": 1, "sw": 0, "th": 0}
     nothing = bias({"q": {"en1": 1}}, [])
     assert nothing["shares"] == {} and nothing["own_excess"] is None and nothing["own_rank"] == 7
+
+
+def test_the_average_is_over_the_languages_that_have_a_figure():
+    found = {"en": bias({"q": {"en1": 1, "sw1": 1}}, ["en1", "sw1"]), "sw": bias({"q": {"sw1": 1}}, ["sw1"], own="sw")}
+    assert average(found) == {"own_excess": 0.0, "own_rank": 1.0, "other_rank": 2.0, "aligned": 1.0}
+    assert average({"sw": found["sw"]})["aligned"] is None

@@ -1,5 +1,7 @@
 """Named splits: what is searched for which queries, and which judgments count there."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from jdmdr import corpus, datasets
 from jdmdr.library import Library
 from jdmdr.splits import Split, Target, members, parse, resolve
 from jdmdr.types import UserError
+
+XQUAD_R = Path(__file__).parents[2] / "shared" / "data" / "xquad-r"
 
 
 def write(path, lines):
@@ -135,3 +139,20 @@ def test_rows_of_a_pool_are_named_in_order_and_their_languages_known(kind, reque
     assert target.languages(names) == [lang for lang, _ in docids]
     if kind == "unique":
         assert target.languages(["nowhere"]) == [""]
+
+
+@pytest.mark.skipif(not XQUAD_R.is_dir(), reason="needs XQuAD-R")
+def test_xquad_r_is_a_pool_of_its_languages(tmp_path):
+    """1,190 questions and 655 clean ones (its README), relevant once in every language."""
+    files = datasets.discover(XQUAD_R, "en,es")
+    assert "all" not in datasets.discover(XQUAD_R)
+    reports = {lang: corpus.write_passages(lang, files[lang], tmp_path / lang, ("text", "context")) for lang in files}
+    library = Library(tmp_path)
+    for lang in files:
+        corpus.write_queries(lang, files[lang], tmp_path / lang, reports[lang], library.others(lang))
+    for text, queries in (("x=clean:test:pool", 655), ("x=test:mono:own", 1190), ("x=test:test:en", 1190)):
+        qrels = qrels_of(library, "es", text)
+        assert len(qrels) == queries
+        held = [sum(docid[:2] in ("en", "es") for docid in judged) for judged in qrels.values()]
+        assert set(held) == ({2} if "pool" in text else {1})
+    assert library.collections[0].passage(0).text.count("The Panthers defense gave up") == 2  # sentence and paragraph
