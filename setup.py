@@ -16,6 +16,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["jdmdr", "jdmdr.*"]),
+    package_data={"jdmdr": ["templates/*"]},
     python_requires=">=3.11",
     install_requires=[
         "absl-py",

@@ -134,7 +134,7 @@ class Recipe:
                   ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
                    *([] if self.evaluates_alone else ["embeddings"]))),
             Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
-            Stage("report", self.report, {}, ("corpus", "negatives", "train", "evaluate", "export")),
+            Stage("report", self.report, {}, ("corpus", "negatives", "warmup", "train", "embeddings", "evaluate", "export")),
         ]  # fmt: skip
         return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
 
@@ -251,7 +251,7 @@ class Recipe:
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
         )
         if section.steps:
-            counts["language_shares"] = sources.language_shares(found[0], section, c.seed, self.library.langs)
+            counts |= sources.shares(found[0], section, c.seed, self.library.langs)
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:

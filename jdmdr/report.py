@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from jdmdr import workdir
+from jdmdr import page, workdir
 
 if TYPE_CHECKING:
     from jdmdr.recipe import Recipe
@@ -19,7 +19,7 @@ TITLES = {"ndcg@10": "nDCG@10", "recall@100": "Recall@100"}
 
 def publish(name: str, directory: pathlib.Path) -> None:
     """Puts metrics and report where a person looks for them, and prints the table."""
-    for source in ("evaluate/metrics.json", "report/report.md"):
+    for source in ("evaluate/metrics.json", "report/report.md", "report/report.html"):
         with workdir.atomic(directory / pathlib.Path(source).name) as path:
             shutil.copyfile(directory / source, path)
     metrics, intervals = _figures(directory)
@@ -27,7 +27,7 @@ def publish(name: str, directory: pathlib.Path) -> None:
         print(f"\n{split}")
         table = _table(metrics[split]["systems"], intervals[split], name, "\n")
         print(tabulate(*table, tablefmt="simple", stralign="right", disable_numparse=True))
-    print(f"\nreport:  {directory / 'report.md'}")
+    print(f"\nreport:  {directory / 'report.html'}, {directory / 'report.md'}")
     print(f"metrics: {directory / 'metrics.json'}")
     print(f"model:   {directory / 'export'}")
 
@@ -64,7 +64,7 @@ def _result_tables(metrics: dict, intervals: dict, name: str) -> list[str]:
 
 
 def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
-    """Writes `report.md`: tables, training, filter counts, settings."""
+    """Writes `report.md` (tables, training, filter counts, settings) and `report.html`."""
     directory, c = recipe.directory, recipe.config
     metrics, intervals = _figures(directory)
     counts = {
@@ -96,6 +96,7 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     lines += ["", "## Settings", ""]
     lines += [tabulate(sorted(_flat(c.to_dict())), ["key", "value"], tablefmt="github", disable_numparse=True), ""]
     (out_dir / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    page.write(recipe, out_dir / "report.html")
     return {}
 
 

@@ -161,13 +161,21 @@ def batch_maker(
     return make, sum(len(shapes.profiles) for _, _, shapes, _ in planned), sentence
 
 
-def language_shares(source: Source, section: Any, seed: int, langs: Sequence[str]) -> dict[str, list[float]]:
-    """{language: [share the policy aims at, share in the batches planned]} of a source's queries.
+def shares(source: Source, section: Any, seed: int, langs: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+    """{"language_shares" | "topic_shares": {label: [share the policy aims at, share in the batches planned]}} of a source's
+    queries.
 
     Counted over the steps that the source gets, 2000 of them at most.
     """
     labels = source.training_set.lang_n, source.training_set.topic_n
     planner = Planner(*labels, section.batch_size, seed, section.policy, section.lang_temp)
     steps = min(max(1, round(section.steps * source.share)), 2000)
-    expected, realised = planner.expected_shares().lang_L, planner.realised_shares(0, steps).lang_L
-    return {langs[i]: [round(float(expected[i]), 4), round(float(realised[i]), 4)] for i in range(len(expected))}
+    expected, realised = planner.expected_shares(), planner.realised_shares(0, steps)
+    named = {"language_shares": (langs, 0), "topic_shares": ([str(c) for c in range(len(expected.topic_C))], 1)}
+    return {
+        key: {
+            label: [round(float(wanted), 4), round(float(had), 4)]
+            for label, wanted, had in zip(names, expected[part], realised[part], strict=False)
+        }
+        for key, (names, part) in named.items()
+    }

@@ -24,7 +24,7 @@ from jdmdr.corpus import Collection
 from jdmdr.datasets import LanguageFiles
 from jdmdr.library import TRAIN, Library
 from jdmdr.metrics import Qrels
-from jdmdr.types import UserError
+from jdmdr.types import Passage, UserError
 
 OWN, POOL, PARALLEL = "own", "pool", "parallel"
 POOLED = (POOL, PARALLEL)
@@ -105,6 +105,15 @@ class Target:
             found = self._collections[i].docids(rows[here] - self._bases[i])
             names[here] = [self._name(self.langs[i], docid) for docid in found]
         return names.tolist()
+
+    def passage(self, name: str) -> Passage | None:
+        """The passage of a name; None if no member holds it."""
+        for lang, collection in zip(self.langs, self._collections, strict=True):
+            own, prefix, docid = name.partition(":") if self._prefixed else (lang, "", name)
+            row = collection.rows([docid])[0] if own == lang else -1
+            if row >= 0:
+                return collection.passage(row)
+        return None
 
     def languages(self, names: Sequence[str]) -> list[str]:
         """The languages of passages by their names; "" for one that no member holds."""
