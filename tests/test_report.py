@@ -5,6 +5,7 @@ import types
 import pytest
 
 from jdmdr import pipeline, report, workdir
+from jdmdr.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +83,7 @@ def test_nothing_in_report_or_card_names_a_place_on_this_machine(finished, writt
 def test_path_of_an_encoder_is_told_by_its_name_alone(finished, tmp_path):
     config = finished.config.copy_and_resolve_references().unlock()
     config.encoder.name, config.tokenizer.name = "/models/deep/minilm", "org/name"
-    recipe = types.SimpleNamespace(config=config, directory=finished.directory)
-    report.write(recipe, tmp_path)
+    report.write(Recipe(config, finished.directory), tmp_path)
     found = dict(table(section((tmp_path / "report.md").read_text(), "Settings"))[1])
     assert found["encoder.name"] == "'minilm'" and found["tokenizer.name"] == "'org/name'"
 
