@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import pytrec_eval
 
+from jdmdr.reading import lines
 from jdmdr.types import NO_HIT, Hits, UserError
 
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
@@ -131,23 +132,22 @@ def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
 def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
     """{qid: {docid: score}} of a TREC run; raises `UserError` with the line on a malformed one or a repeated docid."""
     run: dict[str, dict[str, float]] = {}
-    with open(path, encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            fields = line.split()
-            if len(fields) != 6:
-                raise UserError(
-                    f"{path}, line {number}: found {len(fields)} fields instead of the 6 of a TREC run, "
-                    "qid Q0 docid rank score tag"
-                )
-            qid, _, docid, _, score, _ = fields
-            try:
-                value = float(score)
-            except ValueError:
-                value = math.nan
-            if not math.isfinite(value):
-                raise UserError(f"{path}, line {number}: the score is {score!r}, give a finite number")
-            hits = run.setdefault(qid, {})
-            if docid in hits:
-                raise UserError(f"{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line")
-            hits[docid] = value
+    for number, line in lines(path):
+        fields = line.split()
+        if len(fields) != 6:
+            raise UserError(
+                f"{path}, line {number}: found {len(fields)} fields instead of the 6 of a TREC run, "
+                "qid Q0 docid rank score tag"
+            )
+        qid, _, docid, _, score, _ = fields
+        try:
+            value = float(score)
+        except ValueError:
+            value = math.nan
+        if not math.isfinite(value):
+            raise UserError(f"{path}, line {number}: the score is {score!r}, give a finite number")
+        hits = run.setdefault(qid, {})
+        if docid in hits:
+            raise UserError(f"{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line")
+        hits[docid] = value
     return run

@@ -117,7 +117,7 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
         raise UserError(f"--split is {values.split!r}; it is a word")
     patterns: dict[str, str] = {}
     for word in words:
-        name, _, pattern = word.rpartition("=")
+        name, pattern = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", word, re.DOTALL).groups()
         name = name or pathlib.Path(pattern.replace(f".{LANG}", "").replace(LANG, "")).stem or pattern
         if name in patterns:
             raise UserError(f"two runs are called {name!r}; name them, as in a={patterns[name]} b={pattern}")
@@ -125,7 +125,10 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
     made, judged, spare = read(patterns, values.qrels)
     if values.out:
         out_dir = pathlib.Path(values.out)
-        out_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            out_dir.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--out {out_dir}: {error.strerror}; name a directory that can be written") from error
         scores.write({values.split: made}, out_dir, values.seed, BOOTSTRAP)
         for lang, qrels in judged.items():
             metrics.write_qrels(out_dir / scores.qrels_file(values.split, lang), qrels)

@@ -62,10 +62,10 @@ def parse(text: str) -> list[Split]:
 def resolve(text: str, files: Mapping[str, LanguageFiles]) -> list[Split]:
     """The splits of `data.splits` over the files that were found; empty: every name that has both topics and qrels in
     some language, but `train`, each language in its own corpus. Raises UserError for a name that no file has."""
-    topics = {name for of in files.values() for name in of.topics}
+    topics = {name for of in files.values() for name in _topics(of)}
     qrels = {name for of in files.values() for name in of.qrels}
     if not text.strip():
-        both = {name for of in files.values() for name in {*of.topics} & {*of.qrels}}
+        both = {name for of in files.values() for name in _topics(of) & {*of.qrels}}
         return [Split(name, name, name) for name in sorted(both - {TRAIN})]
     wanted = parse(text)
     corpora = {OWN, *POOLED, *files}
@@ -76,6 +76,11 @@ def resolve(text: str, files: Mapping[str, LanguageFiles]) -> list[Split]:
                 raise UserError(f"data.splits: {split.name} names the {kind} {name!r}; there are: "
                                 f"{', '.join(sorted(there)) or 'none'}")  # fmt: skip
     return wanted
+
+
+def _topics(files: LanguageFiles) -> set[str]:
+    """A file with the queries of all splits has those that each qrels judges."""
+    return {*files.topics, *(files.qrels if files.queries else ())}
 
 
 class Target:

@@ -1,3 +1,4 @@
+import gzip
 import math
 
 import numpy as np
@@ -85,11 +86,19 @@ def test_ids_with_blanks_cannot_go_into_a_run(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_made_elsewhere_may_be_gzipped_and_have_blank_lines_but_is_utf_8(tmp_path):
+    path = tmp_path / "run"
+    path.write_bytes(gzip.compress(b"q1 Q0 d1 1 0.9 tag\r\n\nq1\tQ0\td2\t2\t0.5\ttag\n"))
+    assert read_run(path) == {"q1": {"d1": 0.9, "d2": 0.5}}
+    path.write_bytes(b"q1 Q0 d\xff 1 0.9 tag\n")
+    with pytest.raises(UserError, match="line 1: byte 0xff .* not UTF-8"):
+        read_run(path)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
         ("q1 Q0 d2 2 0.5", "line 2: found 5 fields"),
-        ("", "line 2: found 0 fields"),
         ("q1 Q0 d2 2 high tag", "line 2: the score is 'high'"),
         ("q1 Q0 d2 2 nan tag", "line 2: the score is 'nan'"),
         ("q1 Q0 d1 2 0.5 tag", "line 2: docid 'd1' stands twice"),

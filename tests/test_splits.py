@@ -83,6 +83,12 @@ def test_without_names_every_split_with_topics_and_qrels_is_taken(unique):
     assert resolve("", unique[1]) == [Split("test", "test", "test", "own")]
 
 
+def test_one_file_with_the_queries_of_all_splits_has_those_that_are_judged(unique):
+    files = {"en": unique[1]["en"]._replace(topics={}, queries="queries.jsonl")}
+    assert resolve("", files) == [Split("mono", "mono", "mono", "own"), Split("test", "test", "test", "own")]
+    assert resolve("x=test:mono:pool", files) == [Split("x", "test", "mono", "pool")]
+
+
 @pytest.mark.parametrize("text, says", [
     ("x=tset:test:own", "x names the topics 'tset'; there are: clean, test"),
     ("x=test:clean:own", "the qrels 'clean'; there are: mono, test"),
