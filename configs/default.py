@@ -40,6 +40,11 @@ def get_config():
     c.encoder.width = 512  # embedding width of the from-scratch encoder
     c.encoder.pooling = ""  # cls | mean | last; empty: what the checkpoint says
     c.encoder.normalize = True  # L2-normalise embeddings: cosine similarity instead of dot product
+    c.encoder.projection = 0  # width of a linear head behind the pooling; 0: none, or the checkpoint's own
+    c.encoder.projection_bias = False  # for a new head
+    c.encoder.towers = (
+        ""  # tied | untied: one set of parameters, or one a side; empty: tied unless the checkpoint's are not
+    )
     c.encoder.query_prompt = ""  # before every query, e.g. "query: "
     c.encoder.passage_prompt = ""  # before every passage, e.g. "passage: "
     c.encoder.query_length = 64  # tokens, special tokens included
@@ -96,6 +101,7 @@ def get_config():
     c.weights.inherit = False  # a negative takes its query's topic instead of its own
 
     c.encode = ConfigDict()
+    c.encode.dimensions = 0  # first dimensions kept of the trained encoder, in search and export; 0: all
     c.encode.dtype = "float16"  # of the stored embeddings
     c.encode.shard_rows = 100_000  # passages a file: what a killed run loses at most
 
@@ -121,7 +127,18 @@ def training():
     t.objective = ConfigDict()
     t.objective.name = "contrastive"
     t.objective.mode = "example"  # where the weights act: none | example | negative | literal_trainer
-    t.objective.temperature = 0.05  # divides the scores
+    t.objective.temperature = 0.05  # divides the scores; where it starts if it is learned
+    t.objective.learn_temperature = False  # its logarithm is the parameter objective/log_temperature
+    t.objective.min_temperature, t.objective.max_temperature = 0.005, 1.0  # bounds of a learned one
+    t.objective.dimensions = ()  # Matryoshka: shorter embeddings that count too, e.g. (64, 128); the whole always does
+    t.objective.dimension_weights = ()  # one a dimension of the line above; empty: 1 each, as the whole has
+
+    t.trainable = ""  # regex on the encoder's parameters that train; empty: all, or with LoRA the projection head alone
+    t.lora = ConfigDict()  # low-rank adapters, merged when training ends
+    t.lora.rank = 0  # 0: off
+    t.lora.alpha = 16.0  # what an adapter adds counts alpha / rank
+    t.lora.target = "attention/(query|value)/kernel$|(^|/)embedding$"  # regex on the paths of the adapted matrices
+    t.lora.dropout = 0.0  # share of an adapter's inputs left out, drawn each step
 
     t.learning_rate = 2e-5  # peak
     t.learning_rates = ()  # ((regex on the parameter's path, peak), ...): first match wins

@@ -18,7 +18,7 @@ def get_config(arg=""):
         for section in (c.warmup, c.train):
             section.batch_size, section.cloze_share = 64, 0.5
             section.objective.temperature = 0.1
-            section.learning_rate, section.learning_rates = 5e-4, (("^weight$", 2e-2),)
+            section.learning_rate, section.learning_rates = 5e-4, (("(^|/)weight$", 2e-2),)
             section.warmup_share, section.clip = 0.0, 0.0
             section.checkpoint_every = 200
         c.warmup.epochs, c.train.epochs = 2.0, 4.0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from ml_collections import ConfigDict
 
 from jdmdr import retrievers, splits
@@ -29,6 +31,7 @@ CHOICES = {
     "encode.dtype": ("float16", "float32"),
     "encoder.dtype": ("", "float32", "bfloat16"),
     "encoder.pooling": ("", "cls", "mean", "last"),
+    "encoder.towers": ("", "tied", "untied"),
     "evaluate.hybrid": METHODS,
 }
 SECTION_CHOICES = {
@@ -40,11 +43,12 @@ SECTION_CHOICES = {
 AT_LEAST = {
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "topics.clusters": 1, "topics.iterations": 1,
-    "encode.shard_rows": 1, "evaluate.depth": 1, "evaluate.bootstrap": 1,
+    "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
+    "lora.rank": 0, "lora.alpha": 0,
 }  # fmt: skip
 
 
@@ -58,9 +62,9 @@ def check_config(config: ConfigDict) -> None:
         if not _get(config, key) >= least:
             raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}")
     for section in sections:
-        if not _get(config, f"{section}.objective.temperature") > 0:
-            raise UserError(f"{section}.objective.temperature divides the scores; it must be above 0")
-    for key in ("data.valid_share", "warmup.cloze_share", "train.cloze_share"):
+        _check_objective(f"{section}.objective", config[section].objective)
+        _check_regexes(section, config[section])
+    for key in ("data.valid_share", *(f"{s}.{key}" for s in sections for key in ("cloze_share", "lora.dropout"))):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
@@ -82,6 +86,31 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             f"filters.{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers"
         )
+
+
+def _check_objective(name: str, config: ConfigDict) -> None:
+    if not config.temperature > 0:
+        raise UserError(f"{name}.temperature divides the scores; it must be above 0")
+    if config.learn_temperature and not 0 < config.min_temperature <= config.temperature <= config.max_temperature:
+        raise UserError(
+            f"{name}.temperature is {config.temperature!r}; a learned one starts between min_temperature "
+            f"({config.min_temperature!r}, above 0) and max_temperature ({config.max_temperature!r})"
+        )
+    if config.dimension_weights and len(config.dimension_weights) != len(config.dimensions):
+        raise UserError(
+            f"{name}.dimension_weights has {len(config.dimension_weights)} numbers for {len(config.dimensions)} "
+            "dimensions; give one each, or none"
+        )
+
+
+def _check_regexes(name: str, section: ConfigDict) -> None:
+    patterns = {f"{name}.trainable": section.trainable, f"{name}.lora.target": section.lora.target}
+    patterns |= {f"{name}.learning_rates": pattern for pattern, _ in section.learning_rates}
+    for key, pattern in patterns.items():
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from None
 
 
 def _get(config: ConfigDict, key: str):

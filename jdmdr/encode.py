@@ -34,8 +34,10 @@ def _compiled(encoder: Any) -> Callable:
 class Embedder:
     """Turns token sequences into float32 embeddings, in length order and in blocks of a few fixed shapes."""
 
-    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int):
+    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int, side: str):
+        """`side` is query or passage: it chooses the tower."""
         self._mesh = mesh
+        self._tower = functools.partial(encoder.tower, side=side)
         self._widths = [w for w in WIDTHS if w < max_length] + [max_length]
         self._tokens_per_block = TOKENS_PER_BLOCK.get(jax.default_backend(), TOKENS_PER_BLOCK["gpu"])
         self._apply = _compiled(encoder)
@@ -53,6 +55,7 @@ class Embedder:
 
     def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
+        params = self._tower(params)
         lengths = source.lengths(rows)
         parts, places = [], []
         for positions, width, size in self.blocks(lengths):

@@ -3,7 +3,7 @@
     python -m jdmdr.export --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 
 A transformer is a Hugging Face checkpoint with Pooling and Normalize modules; a static encoder is a StaticEmbedding
-with its token weights folded into the rows.
+with its token weights folded into the rows. A linear head is a Dense module; untied towers are the routes of a Router.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,8 +24,7 @@ from jdmdr import encoders
 from jdmdr.encoders import huggingface, pretrained
 from jdmdr.types import Tokens, UserError
 
-Modules = list[str]  # class names, in order
-
+PACKAGE = "sentence_transformers.models"
 SIMILARITIES = ("cosine", "dot")
 POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 TOKENIZER_FILES = (
@@ -71,10 +70,13 @@ def export(
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
-        for name in TOKENIZER_FILES:
-            if (tokenizer_dir / name).is_file():
-                shutil.copyfile(tokenizer_dir / name, partial / name)
-        modules = WRITERS[config.kind](config, params, max_length, partial)
+        _copy_tokenizer(tokenizer_dir, partial)
+        _check_tokenizer(config, partial / "tokenizer.json")
+        if config.untied:
+            modules = ["Router"]
+            _write_routes(config, params, max_length, partial)
+        else:
+            modules = _write_tower(config, params, max_length, lambda i, name: partial / (f"{i}_{name}" if i else ""))
         _write_modules(modules + ["Normalize"] * config.normalize, partial)
         _write_json(
             partial / "config_sentence_transformers.json",
@@ -93,14 +95,62 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _write_transformer(
-    config: encoders.EncoderConfig, params: Any, max_length: int, directory: pathlib.Path
-) -> Modules:
+def _copy_tokenizer(source: pathlib.Path, target: pathlib.Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def _check_tokenizer(config: encoders.EncoderConfig, path: pathlib.Path) -> None:
+    """Refuses a tokenizer that the encoder has no vectors for; a static one's neither pads nor cuts."""
+    tokenizer = tokenizers.Tokenizer.from_file(str(path))
+    size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size > config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {size} tokens, but the encoder has vectors for {config.vocab_size}; use its own"
+        )
+    if config.kind == "static":
+        special = tokenizer.num_special_tokens_to_add(is_pair=False)
+        if special:
+            raise UserError(
+                f"this tokenizer adds {special} special tokens to a text, and a static embedding adds none; train the "
+                "static encoder with a tokenizer that adds none"
+            )
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
+        tokenizer.save(str(path))
+
+
+Place = Callable[[int, str], pathlib.Path]  # (place in the order, class name) -> directory of a module
+
+
+def _write_tower(config: encoders.EncoderConfig, params: Any, max_length: int, place: Place) -> list[str]:
+    """Writes all modules of a tower but Normalize, whose class names it returns in order."""
+    names = WRITERS[config.kind](config, params, max_length, place)
+    if config.projection:
+        _write_head(config, params["projection"], _new(place(len(names), "Dense")))
+        names = [*names, "Dense"]
+    return names
+
+
+def _write_routes(config: encoders.EncoderConfig, params: Any, max_length: int, directory: pathlib.Path) -> None:
+    """A tower for each side, with a tokenizer of its own, as sentence-transformers' Router lays them out."""
+    types, structure = {}, {}
+    for side, route in pretrained.ROUTES.items():
+        names = _write_tower(config, params[side], max_length, lambda i, name, r=route: directory / f"{r}_{i}_{name}")
+        structure[route] = [f"{route}_{i}_{name}" for i, name in enumerate(names)]
+        types |= {path: f"{PACKAGE}.{name}" for path, name in zip(structure[route], names, strict=True)}
+        _copy_tokenizer(directory, directory / structure[route][0])
+    parameters = {"default_route": "document", "allow_empty_key": True}
+    _write_json(directory / "router_config.json", {"types": types, "structure": structure, "parameters": parameters})
+
+
+def _write_transformer(config: encoders.EncoderConfig, params: Any, max_length: int, place: Place) -> list[str]:
     if max_length > config.usable_positions:
         raise UserError(
             f"max_length is {max_length}, but the encoder has positions for {config.usable_positions}; lower it"
         )
-    _check_vocabulary(config, tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")))
+    directory, pooling = _new(place(0, "Transformer")), _new(place(1, "Pooling"))
     huggingface.write_checkpoint(config, params, directory)
     # The encoder has no pooler; without this, transformers would make a random one and warn about it.
     model_args = {"add_pooling_layer": False}
@@ -108,50 +158,53 @@ def _write_transformer(
         directory / "sentence_bert_config.json",
         {"max_seq_length": max_length, "do_lower_case": False, "model_args": model_args},
     )
-    (directory / "1_Pooling").mkdir()
     flags = {flag: mode == config.pooling for mode, flag in POOLING_FLAGS.items()}
-    _write_json(
-        directory / "1_Pooling" / "config.json",
-        {"word_embedding_dimension": config.width, **flags, "include_prompt": True},
-    )
+    _write_json(pooling / "config.json", {"word_embedding_dimension": config.width, **flags, "include_prompt": True})
     return ["Transformer", "Pooling"]
 
 
-def _write_static(config: encoders.EncoderConfig, params: Any, max_length: int, directory: pathlib.Path) -> Modules:
-    path = directory / "tokenizer.json"
-    tokenizer = tokenizers.Tokenizer.from_file(str(path))
-    _check_vocabulary(config, tokenizer)
-    special = tokenizer.num_special_tokens_to_add(is_pair=False)
-    if special:
-        raise UserError(
-            f"this tokenizer adds {special} special tokens to a text, and a static embedding adds none; train the "
-            "static encoder with a tokenizer that adds none"
-        )
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    tokenizer.save(str(path))
+def _write_static(config: encoders.EncoderConfig, params: Any, max_length: int, place: Place) -> list[str]:
     weight_V = np.asarray(jax.nn.softplus(params["weight"]))
     rows_VxD = np.asarray(params["embedding"], np.float32) * weight_V[:, None]
-    safetensors.numpy.save_file(
-        {"embedding.weight": rows_VxD}, directory / "model.safetensors", metadata={"format": "pt"}
-    )
+    _save_tensors({"embedding.weight": rows_VxD}, _new(place(0, "StaticEmbedding")))
     return ["StaticEmbedding"]
 
 
 WRITERS = {"static": _write_static, "transformer": _write_transformer}
 
 
-def _check_vocabulary(config: encoders.EncoderConfig, tokenizer: tokenizers.Tokenizer) -> None:
-    size = tokenizer.get_vocab_size(with_added_tokens=True)
-    if size > config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {size} tokens, but the encoder has vectors for {config.vocab_size}; use its own"
-        )
+def _write_head(config: encoders.EncoderConfig, head: Any, directory: pathlib.Path) -> None:
+    tensors = {"linear.weight": np.asarray(head["kernel"]).T}
+    if config.projection_bias:
+        tensors["linear.bias"] = np.asarray(head["bias"])
+    _save_tensors(tensors, directory)
+    activation = next(a for a, ours in pretrained.HEAD_ACTIVATIONS.items() if ours == config.projection_activation)
+    module = {"Identity": "linear", "Tanh": "activation"}[activation]
+    _write_json(
+        directory / "config.json",
+        {
+            "in_features": config.width,
+            "out_features": config.projection,
+            "bias": config.projection_bias,
+            "activation_function": f"torch.nn.modules.{module}.{activation}",
+        },
+    )
+
+
+def _save_tensors(tensors: Mapping[str, np.ndarray], directory: pathlib.Path) -> None:
+    # safetensors writes the memory of an array that is not contiguous in the wrong order, without an error.
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def _new(directory: pathlib.Path) -> pathlib.Path:
+    directory.mkdir(exist_ok=True)
+    return directory
 
 
 def _write_modules(names: Sequence[str], directory: pathlib.Path) -> None:
     modules = [
-        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"sentence_transformers.models.{name}"}
+        {"idx": i, "name": str(i), "path": f"{i}_{name}" if i else "", "type": f"{PACKAGE}.{name}"}
         for i, name in enumerate(names)
     ]
     _write_json(directory / "modules.json", modules)
@@ -164,16 +217,18 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
 def check_parity(
     out_dir: pathlib.Path,
     texts: Sequence[str],
-    embeddings_QxD: np.ndarray,
+    embeddings_QxE: np.ndarray,
     *,
     max_length: int,
+    side: str = "passage",
     tolerance: float = TOLERANCE,
 ) -> float:
     """Encodes `texts`, prompts included, with what stands in `out_dir` and compares; returns the largest difference.
 
     Args:
-      embeddings_QxD: the embeddings of the same texts by the encoder that was exported, computed in float32.
+      embeddings_QxE: the embeddings of the same texts by the encoder that was exported, computed in float32.
       max_length: tokens at which the embedded texts were cut.
+      side: query or passage, the tower that embedded them.
 
     Raises:
       UserError: the largest absolute difference is above `tolerance`.
@@ -182,9 +237,9 @@ def check_parity(
     tokenizer.no_padding()
     tokenizer.enable_truncation(max_length)
     ids = [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
-    static = "StaticEmbedding" in pretrained.read_modules(out_dir)
-    written_QxD = (_encode_static if static else _encode_transformer)(out_dir, ids)
-    difference = float(np.max(np.abs(written_QxD - embeddings_QxD), initial=0))
+    static = "StaticEmbedding" in pretrained.read_modules(out_dir)[side]
+    written_QxE = (_encode_static if static else _encode_transformer)(out_dir, ids, side)
+    difference = float(np.max(np.abs(written_QxE - embeddings_QxE), initial=0))
     if not difference <= tolerance:
         raise UserError(
             f"{out_dir} embeds with a difference of {difference:.2g} to the encoder (allowed: {tolerance:g}); "
@@ -193,18 +248,23 @@ def check_parity(
     return difference
 
 
-def _encode_static(directory: pathlib.Path, ids: Sequence[Sequence[int]]) -> np.ndarray:
-    # On its own in NumPy, as a reader of the format would do it: the mean of the rows, then unit length.
-    rows_VxD = safetensors.numpy.load_file(directory / "model.safetensors")["embedding.weight"]
-    mean_QxD = np.stack([rows_VxD[text].mean(axis=0) if text else np.zeros_like(rows_VxD[0]) for text in ids])
-    if "Normalize" not in pretrained.read_modules(directory):
-        return mean_QxD
-    return mean_QxD / np.maximum(np.linalg.norm(mean_QxD, axis=1, keepdims=True), 1e-12)
+def _encode_static(directory: pathlib.Path, ids: Sequence[Sequence[int]], side: str) -> np.ndarray:
+    # On its own in NumPy, as a reader of the format would do it: the mean of the rows, the head, unit length.
+    modules = pretrained.read_modules(directory)[side]
+    rows_VxD = safetensors.numpy.load_file(modules["StaticEmbedding"] / "model.safetensors")["embedding.weight"]
+    out_QxE = np.stack([rows_VxD[text].mean(axis=0) if text else np.zeros_like(rows_VxD[0]) for text in ids])
+    if "Dense" in modules:
+        head = safetensors.numpy.load_file(modules["Dense"] / "model.safetensors")
+        out_QxE = out_QxE @ head["linear.weight"].T + head.get("linear.bias", 0.0)
+    if "Normalize" not in modules:
+        return out_QxE
+    return out_QxE / np.maximum(np.linalg.norm(out_QxE, axis=1, keepdims=True), 1e-12)
 
 
-def _encode_transformer(directory: pathlib.Path, ids: Sequence[Sequence[int]]) -> np.ndarray:
+def _encode_transformer(directory: pathlib.Path, ids: Sequence[Sequence[int]], side: str) -> np.ndarray:
     config, params = encoders.load_pretrained(directory)
-    apply = jax.jit(encoders.build(config).apply)
+    encoder = encoders.build(config)
+    apply, params = jax.jit(encoder.apply), encoder.tower(params, side)
     length = max(map(len, ids))
     block = Tokens(*(np.zeros((len(ids), length), np.int32) for _ in range(2)))
     for row, text in enumerate(ids):

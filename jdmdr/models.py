@@ -23,33 +23,52 @@ PARAMETERS = "parameters"
 
 
 def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tuple[encoders.EncoderConfig, Any]:
-    """The encoder before any training: a Hugging Face checkpoint, or token vectors whose weights start at idf.
+    """The encoder before any training: a Hugging Face checkpoint, or token vectors whose weights start at idf; with the
+    head and the towers that the recipe asks for.
 
     Args:
       section: the recipe's `encoder` keys.
       passages: what the inverse document frequencies of the from-scratch encoder are counted on.
     """
     if section.name:
-        config, params = encoders.load_pretrained(
-            section.name, pooling=section.pooling or None, normalize=section.normalize
+        config, params = _checkpoint(section, vocab_size)
+    else:
+        config = encoders.EncoderConfig(
+            kind="static", vocab_size=vocab_size, width=section.width, pooling="mean", normalize=section.normalize
         )
-        longest = max(section.query_length, section.passage_length)
-        if config.kind == "transformer" and longest > config.usable_positions:
+        params = static.init_from_idf(jax.random.key(seed), config, _idf(passages, vocab_size))
+    if section.projection and section.projection != config.projection:
+        if config.projection:
             raise UserError(
-                f"encoder.passage_length is {longest}, but {section.name} has room for {config.usable_positions} tokens; "
-                "lower encoder.query_length and encoder.passage_length"
+                f"encoder.projection is {section.projection}, but {section.name} has a head of width "
+                f"{config.projection}; leave it 0"
             )
-        if vocab_size > config.vocab_size:
-            raise UserError(
-                f"tokenizer.name has {vocab_size} tokens, but {section.name} has vectors for {config.vocab_size}; leave "
-                "tokenizer.name empty to use the checkpoint's own tokenizer"
-            )
-        dtype = section.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        return dataclasses.replace(config, dtype=dtype, remat=section.remat), params
-    config = encoders.EncoderConfig(
-        kind="static", vocab_size=vocab_size, width=section.width, pooling="mean", normalize=section.normalize
+        rng = jax.random.fold_in(jax.random.key(seed), 1)
+        config, params = encoders.add_head(rng, config, params, section.projection, section.projection_bias)
+    if section.towers == "untied" and not config.untied:
+        config, params = dataclasses.replace(config, towers="untied"), encoders.untie(params)
+    if section.towers == "tied" and config.untied:
+        raise UserError(f"encoder.towers is 'tied', but {section.name} has a tower for each side; leave it empty")
+    return config, params
+
+
+def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, Any]:
+    config, params = encoders.load_pretrained(
+        section.name, pooling=section.pooling or None, normalize=section.normalize
     )
-    return config, static.init_from_idf(jax.random.key(seed), config, _idf(passages, vocab_size))
+    longest = max(section.query_length, section.passage_length)
+    if config.kind == "transformer" and longest > config.usable_positions:
+        raise UserError(
+            f"encoder.passage_length is {longest}, but {section.name} has room for {config.usable_positions} tokens; "
+            "lower encoder.query_length and encoder.passage_length"
+        )
+    if vocab_size > config.vocab_size:
+        raise UserError(
+            f"tokenizer.name has {vocab_size} tokens, but {section.name} has vectors for {config.vocab_size}; leave "
+            "tokenizer.name empty to use the checkpoint's own tokenizer"
+        )
+    dtype = section.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+    return dataclasses.replace(config, dtype=dtype, remat=section.remat), params
 
 
 def _idf(passages: TokenStore, vocab_size: int) -> np.ndarray:

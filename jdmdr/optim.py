@@ -10,6 +10,8 @@ import optax
 
 from jdmdr.types import UserError
 
+OWN = "objective/"  # the path of the parameters that an objective brings
+
 
 def schedule(section: Any, peak: float) -> optax.Schedule:
     """Linear rise over `warmup_share` of the steps, then linear decay to 0 or constant (`decay`)."""
@@ -19,16 +21,17 @@ def schedule(section: Any, peak: float) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), fall], [rise])
 
 
-def make_optimiser(section: Any, params: Any) -> optax.GradientTransformation:
-    """AdamW over all parameters; `learning_rates` maps a regex on the parameter's path to another peak rate.
+def make_optimiser(section: Any, params: Any, frozen: Any = None) -> optax.GradientTransformation:
+    """AdamW over `params`; `learning_rates` maps a regex on the parameter's path to another peak rate.
 
-    The first regex that matches wins; a parameter that none matches gets `learning_rate`. A regex that matches nothing
-    is refused.
+    The first regex that matches wins; a parameter that none matches gets `learning_rate`. A regex that matches nothing,
+    not among the `frozen` parameters either, is refused. The objective's own parameters do not decay.
     """
     if section.decay not in ("linear", "constant"):
         raise UserError(f"decay is {section.decay!r}; it is one of linear, constant")
     patterns = dict(section.learning_rates)
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path([params, frozen])]
+    paths = [name.split("/", 1)[1] for name in paths]  # without the place in the list
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in paths):
             raise UserError(f"learning_rates: {pattern!r} matches no parameter; there are {', '.join(paths[:8])} ...")
@@ -36,8 +39,13 @@ def make_optimiser(section: Any, params: Any) -> optax.GradientTransformation:
     def label(path, _):
         return next((p for p in patterns if re.search(p, path_name(path))), "")
 
+    def decays(tree):
+        return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).startswith(OWN), tree)
+
     def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(schedule(section, peak), b1=0.9, b2=0.999, eps=1e-8, weight_decay=section.weight_decay)
+        return optax.adamw(
+            schedule(section, peak), b1=0.9, b2=0.999, eps=1e-8, weight_decay=section.weight_decay, mask=decays
+        )
 
     groups = {"": adamw(section.learning_rate), **{p: adamw(rate) for p, rate in patterns.items()}}
     clip = optax.clip_by_global_norm(section.clip) if section.clip else optax.identity()

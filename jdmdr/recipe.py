@@ -103,6 +103,7 @@ class Recipe:
         plain = c.to_dict()
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
+        stored = {k: v for k, v in plain["encode"].items() if k != "dimensions"}  # a cut of the trained encoder alone
         ensemble = retrievers.parse(c.mine.retrievers)
         raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
@@ -120,7 +121,7 @@ class Recipe:
                   ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
             *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
-            Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), plain["encode"], ("tokens", "warmup")),
+            Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), stored, ("tokens", "warmup")),
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
@@ -133,7 +134,8 @@ class Recipe:
             Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
                   ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
                    *([] if self.evaluates_alone else ["embeddings"]))),
-            Stage("export", self.export, {"name": c.name}, ("corpus", "tokenizer", "train", "evaluate")),
+            Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
+                  ("corpus", "tokenizer", "train", "evaluate")),
             Stage("report", self.report, {}, ("corpus", "negatives", "warmup", "train", "embeddings", "evaluate", "export")),
         ]  # fmt: skip
         return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
@@ -230,6 +232,11 @@ class Recipe:
         """The encoder and the parameters that a training stage ended with."""
         return models.load(self.directory / stage)
 
+    def _final_model(self):
+        """The trained encoder as it is evaluated and exported: with the dimensions that `encode.dimensions` keeps."""
+        model, kept = self._model("train"), self.config.encode.dimensions
+        return encoders.truncate(*model, kept) if kept else model
+
     def _run_training(
         self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int
     ):
@@ -246,7 +253,7 @@ class Recipe:
         validation = validate.make_validation(
             self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
         )
-        objective = objectives.OBJECTIVES[section.objective.name](section.objective, self.mesh)
+        objective = objectives.build(section.objective, encoder_config, self.mesh)
         params, counts = train.train(
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
         )
@@ -282,7 +289,7 @@ class Recipe:
 
     def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
         return self._embed(
-            self._model(stage), self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
+            self._final_model() if stage == "train" else self._model(stage), self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
             self.library.topics(), out_dir,
         )  # fmt: skip
 
@@ -293,14 +300,16 @@ class Recipe:
         c = self.config.encode
         encoder_config, params = model
         encoder = encoders.build(encoder_config)
-        lengths = {"passages": section.passage_length} | {f"queries.{split}": section.query_length for split in topics}
-        stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in lengths}
+        sides = {"passages": "passage"} | {f"queries.{split}": "query" for split in topics}
+        stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in sides}
         bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
-        embedders = {length: encode.Embedder(encoder, self.mesh, length) for length in set(lengths.values())}
+        embedders = {
+            side: encode.Embedder(encoder, self.mesh, section[f"{side}_length"], side) for side in encoders.SIDES
+        }
         for name, store in stores.items():
             for index, lang in enumerate(langs):
                 first, stop = store.bases[index : index + 2]
-                encode.encode_rows(embedders[lengths[name]], params, store, int(first), int(stop - first), out_dir / lang,
+                encode.encode_rows(embedders[sides[name]], params, store, int(first), int(stop - first), out_dir / lang,
                                    name, c.shard_rows, c.dtype, bar)  # fmt: skip
         bar.close()
         return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
@@ -405,7 +414,7 @@ class Recipe:
 
     def export(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
-        encoder_config, params = self._model("train")
+        encoder_config, params = self._final_model()
         prompts = {"query": c.encoder.query_prompt, "passage": c.encoder.passage_prompt}
         exported = out_dir.with_name(".export")  # beside it: the stage's own directory already holds its plan
         export.export(
@@ -416,10 +425,11 @@ class Recipe:
         rows = np.arange(min(PARITY_TEXTS, len(self.library.collections[0])))
         texts = [prompts["passage"] + corpus.passage_text(self.library.collections[0].passage(int(r))) for r in rows]
         exact = encoders.build(dataclasses.replace(encoder_config, dtype="float32"))
-        with jax.default_matmul_precision("highest"):
-            embedder = encode.Embedder(exact, self.mesh, c.encoder.passage_length)
-            vectors = embedder.embed(params, self.stores.passages, rows)
-        export.check_parity(exported, texts, vectors, max_length=c.encoder.passage_length)
+        for side in encoders.SIDES if encoder_config.untied else encoders.SIDES[-1:]:
+            with jax.default_matmul_precision("highest"):
+                embedder = encode.Embedder(exact, self.mesh, c.encoder.passage_length, side)
+                vectors = embedder.embed(params, self.stores.passages, rows)
+            export.check_parity(exported, texts, vectors, max_length=c.encoder.passage_length, side=side)
         shutil.copytree(exported, out_dir, dirs_exist_ok=True)
         shutil.rmtree(exported)
         return {"encoder": encoder_config.kind, "texts_checked": len(texts)}

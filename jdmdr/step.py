@@ -9,12 +9,16 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jdmdr import trainable
+from jdmdr.encoders import SIDES
+from jdmdr.objectives import Objective
 from jdmdr.shapes import encode_chunks
 
-State = dict[str, Any]  # params, opt_state, step, skipped, skipped_in_a_row
+State = dict[str, Any]  # params, opt_state, step, skipped, skipped_in_a_row; frozen where not all parameters train
 
 
-def init_state(params: Any, optimiser: optax.GradientTransformation) -> State:
+def init_state(params: Any, optimiser: optax.GradientTransformation, frozen: Any = None) -> State:
+    """The state before the first step; `params` train and `frozen` do not (`trainable.split`)."""
     # three arrays, not one: the state is donated, and a buffer can be donated once
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
     return {
@@ -23,11 +27,14 @@ def init_state(params: Any, optimiser: optax.GradientTransformation) -> State:
         "step": step,
         "skipped": skipped,
         "skipped_in_a_row": in_a_row,
+        **({"frozen": frozen} if frozen else {}),
     }
 
 
-def make_step(encoder: Any, objective: Callable, optimiser: optax.GradientTransformation, seed: int) -> Callable:
-    """`step(state, batch) -> (state, metrics)`, jitted, the state donated.
+def make_step(
+    encoder: Any, objective: Objective, optimiser: optax.GradientTransformation, seed: int, lora: Any = None
+) -> Callable:
+    """`step(state, batch) -> (state, metrics)`, jitted, the state donated; `lora` are the recipe's keys of that name.
 
     The objective sees the global batch (design: global view), so its gradient needs no world-size factor. An update
     whose loss or gradient norm is not finite is skipped and counted; the parameters stay as they were.
@@ -37,11 +44,14 @@ def make_step(encoder: Any, objective: Callable, optimiser: optax.GradientTransf
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
 
         def encode(params, chunks, side: str, output: str = "pooled"):
-            side_rng = jax.random.fold_in(rng, {"query": 0, "passage": 1}[side])
-            return encode_chunks(lambda p, tokens, key: encoder.apply(p, tokens, output, key), params, chunks, side_rng)
+            side_rng = jax.random.fold_in(rng, SIDES.index(side))
+            tower = encoder.tower(params, side)
+            return encode_chunks(lambda p, tokens, key: encoder.apply(p, tokens, output, key), tower, chunks, side_rng)
 
-        def loss(params):
-            return objective(params, {}, batch, encode, rng, state["step"])
+        def loss(trained):
+            lora_rng = jax.random.fold_in(rng, len(SIDES))
+            params, own = trainable.assemble(trained, state.get("frozen", {}), lora, lora_rng)
+            return objective.loss(params, own, batch, encode, rng, state["step"])
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
         norm = optax.global_norm(gradient)
@@ -53,6 +63,7 @@ def make_step(encoder: Any, objective: Callable, optimiser: optax.GradientTransf
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
         state = {
+            **state,
             "params": keep(params, state["params"]),
             "opt_state": keep(opt_state, state["opt_state"]),
             "step": state["step"] + 1,

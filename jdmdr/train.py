@@ -20,9 +20,10 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jdmdr import batches, models, parallel, progress, workdir
+from jdmdr import batches, models, parallel, progress, trainable, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
+from jdmdr.objectives import Objective
 from jdmdr.optim import make_optimiser
 from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
@@ -36,7 +37,7 @@ def train(
     section: Any,
     encoder: Any,
     params: Any,
-    objective: Callable,
+    objective: Objective,
     make_batch: Callable[[int], tuple[dict, dict]],
     shapes: int,
     validate: Callable[[Any], float | None],
@@ -49,7 +50,7 @@ def train(
     Args:
       section: the recipe's `train` or `warmup` keys (configs/default.py).
       encoder: what `encoders.build` returns; `params` are its starting parameters.
-      objective: `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)`.
+      objective: what `objectives.build` returns.
       make_batch: step -> (arrays, figures to log), a pure function of the step.
       shapes: how many differently shaped batches `make_batch` can give; more compilations than that are an error.
       validate: params -> nDCG@10 on the held-out train queries, or None where there are none.
@@ -62,9 +63,13 @@ def train(
     """
     # --- setup ---------------------------------------------------------------------------------------------------
     stop = _StopOnSigterm()
-    optimiser = make_optimiser(section, params)
-    state = jax.device_put(init_state(params, optimiser), parallel.replicated(mesh))
-    step_fn = make_step(encoder, objective, optimiser, seed)
+    trained, frozen = trainable.split(section, params, objective.parameters, seed)
+    optimiser = make_optimiser(section, trained, frozen)
+    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
+    step_fn = make_step(encoder, objective, optimiser, seed, section.lora)
+
+    def encoder_params(state: dict) -> Any:
+        return trainable.assemble(state["params"], state.get("frozen", {}), section.lora)[0]
 
     # --- resume --------------------------------------------------------------------------------------------------
     checkpoints = Checkpoints(out_dir / CHECKPOINTS)
@@ -72,11 +77,12 @@ def train(
     if latest is None:
         first = 0
         log = _Log(out_dir, -1)
-        before = validate(state["params"])
+        before = validate(encoder_params(state))
         log.validation(0, before)
-        checkpoints.save(0, state, _score(before))
+        checkpoints.save(0, _saved(state), _score(before))
     else:
-        state, first = checkpoints.restore(latest, state)
+        restored, first = checkpoints.restore(latest, _saved(state))
+        state = {**state, **restored}
         progress.say(f"  going on from step {first}")
         log = _Log(out_dir, first)
 
@@ -97,9 +103,9 @@ def train(
             # The log first: of what a checkpoint holds, every line is there.
             _account(log, bar, section, *pending)
             pending = None
-            score = validate(state["params"]) if validating else None
+            score = validate(encoder_params(state)) if validating else None
             log.validation(done, score)
-            checkpoints.save(done, state, _score(score))
+            checkpoints.save(done, _saved(state), _score(score))
         if stopping:
             checkpoints.close()
             log.close()
@@ -116,7 +122,8 @@ def train(
     best = checkpoints.best()
     skipped = int(state["skipped"])
     score = checkpoints.score(best)
-    state, _ = checkpoints.restore(best, state)
+    restored, _ = checkpoints.restore(best, _saved(state))
+    state = {**state, **restored}
     checkpoints.close()
     stop.restore()
     if stop.requested:
@@ -128,7 +135,14 @@ def train(
     counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
     if score != UNMEASURED:
         counts["valid_ndcg@10"] = score
-    return state["params"], counts
+    if objective.parameters:
+        counts["objective"] = objective.figures(state["params"][trainable.OBJECTIVE])
+    return encoder_params(state), counts
+
+
+def _saved(state: dict) -> dict:
+    """What a checkpoint holds of the state: parameters that do not train are where they came from."""
+    return {key: value for key, value in state.items() if key != "frozen"}
 
 
 def _score(value: float | None) -> float:

@@ -10,6 +10,7 @@ import numpy as np
 
 from jdmdr import hashing
 from jdmdr.encode import Embedder
+from jdmdr.encoders import SIDES
 from jdmdr.evaluate import ndcg_by_rows
 from jdmdr.index.exact import ExactSearcher
 from jdmdr.library import Library, TrainingQuery
@@ -31,7 +32,9 @@ def make_validation(
     held_out = [q for q in training if q.held_out]
     if not held_out:
         return lambda params: None
-    query_embedder, passage_embedder = (Embedder(encoder, mesh, length) for length in lengths)
+    query_embedder, passage_embedder = (
+        Embedder(encoder, mesh, length, side) for length, side in zip(lengths, SIDES, strict=True)
+    )
     langs = sorted({q.lang for q in held_out})
     of_lang = {lang: [q for q in held_out if q.lang == lang] for lang in langs}
     pools = {lang: _pool(library, lang, of_lang[lang], pool, seed) for lang in langs}

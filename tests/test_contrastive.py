@@ -193,20 +193,22 @@ def test_scores_are_float32_for_half_precision_embeddings():
 
 def test_objective_encodes_both_sides_through_the_given_encoder():
     q_BxD, p_NxD, batch = make_case()
-    objective = OBJECTIVES["contrastive"](SimpleNamespace(mode="example", temperature=TEMPERATURE), None)
+    objective = OBJECTIVES["contrastive"](
+        SimpleNamespace(mode="example", temperature=TEMPERATURE, learn_temperature=False), None
+    )
     sides = {"query": q_BxD, "passage": p_NxD}
 
     def encode(params, chunks, side, output="pooled"):
         assert chunks == side and output == "pooled"
         return sides[side] * params
 
-    loss, metrics = objective(2.0, {}, {**batch, "queries": "query", "passages": "passage"}, encode, None, 0)
+    loss, metrics = objective.loss(2.0, {}, {**batch, "queries": "query", "passages": "passage"}, encode, None, 0)
     np.testing.assert_allclose(loss, oracle(2 * q_BxD, 2 * p_NxD, batch, "example"), rtol=1e-5)
 
 
 @pytest.mark.parametrize("key, wrong", [("mode", "weighted"), ("temperature", 0.0), ("temperature", float("nan"))])
 def test_a_wrong_config_is_refused_by_key(key, wrong):
-    config = SimpleNamespace(**{"mode": "none", "temperature": 0.1, key: wrong})
+    config = SimpleNamespace(**{"mode": "none", "temperature": 0.1, "learn_temperature": False, key: wrong})
     with pytest.raises(UserError, match=f"objective.{key}"):
         OBJECTIVES["contrastive"](config, None)
 
@@ -240,10 +242,10 @@ def test_eight_devices_equal_one_in_loss_and_gradient():
                 (devices,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:devices]
             )
             rows, replicated = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
-            objective = OBJECTIVES["contrastive"](SimpleNamespace(mode=mode, temperature=0.5), mesh)
+            objective = OBJECTIVES["contrastive"](SimpleNamespace(mode=mode, temperature=0.5, learn_temperature=False), mesh)
             sharded = jax.tree.map(lambda x: jax.device_put(x, rows if x.ndim > 1 else replicated), batch)
             weights = jax.device_put(params, replicated)
-            step = lambda w, batch: objective(w, {}, batch, encode, None, 0)
+            step = lambda w, batch: objective.loss(w, {}, batch, encode, None, 0)
             (loss, metrics), gradient = jax.jit(jax.value_and_grad(step, has_aux=True))(weights, sharded)
             return jax.device_get((loss, metrics, gradient))
 

@@ -38,7 +38,7 @@ def params(encoder):
 
 @pytest.fixture(scope="module")
 def embedder(encoder):
-    return encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH)
+    return encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH, "passage")
 
 
 # Empty, one token, around the widths, beyond the maximum; more of one length than a block holds.
@@ -65,7 +65,7 @@ def test_no_rows_give_an_empty_matrix_of_the_right_width(params, embedder):
 
 
 def test_few_shapes_are_compiled_whatever_the_lengths(encoder, params):
-    embedder = encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH)
+    embedder = encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH, "passage")
     for longest in (8, 16, 30, 35, 60, 100):
         lengths = np.random.default_rng(longest).integers(0, longest + 1, 300)
         embedder.embed(params, Source(lengths), np.arange(300))
@@ -141,7 +141,7 @@ def test_eight_devices_embed_as_one_does(encoder, params, embedder, on_devices, 
         from test_encode import LENGTHS, MAX_LENGTH, Source, VOCABULARY, WIDTH
         config = encoders.EncoderConfig(kind="static", vocab_size=VOCABULARY, width=WIDTH, pooling="mean")
         encoder = encoders.build(config)
-        embedder = encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH)
+        embedder = encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH, "passage")
         rows = np.arange(200)
         np.save(sys.argv[1], embedder.embed(encoder.init(jax.random.key(0)), Source(LENGTHS), rows))
         print(jax.device_count())

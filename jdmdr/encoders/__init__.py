@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from jdmdr.encoders.bi_encoder import SIDES, BiEncoder, add_head, truncate, untie
 from jdmdr.encoders.config import Encoder, EncoderConfig, Params
 from jdmdr.encoders.pretrained import load_pretrained
 from jdmdr.encoders.static import StaticEncoder
@@ -17,9 +18,10 @@ ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {
     "transformer": TransformerEncoder,
 }
 
-__all__ = ["ENCODERS", "Encoder", "EncoderConfig", "Params", "build", "load_pretrained"]
+__all__ = ["ENCODERS", "SIDES", "BiEncoder", "Encoder", "EncoderConfig", "Params", "add_head", "build",
+           "load_pretrained", "truncate", "untie"]  # fmt: skip
 
 
-def build(config: EncoderConfig) -> Encoder:
+def build(config: EncoderConfig) -> BiEncoder:
     """The encoder that `config` describes."""
-    return ENCODERS[config.kind](config)
+    return BiEncoder(config, ENCODERS[config.kind](config))

@@ -18,6 +18,8 @@ CHOICES = {
     "activation": ("gelu", "gelu_tanh", "relu"),
     "pooling": ("cls", "mean", "last"),
     "dtype": ("float32", "bfloat16"),
+    "towers": ("tied", "untied"),
+    "projection_activation": ("identity", "tanh"),
 }
 
 
@@ -25,8 +27,8 @@ CHOICES = {
 class EncoderConfig:
     """Everything that decides an encoder's function but its parameters; plain JSON values.
 
-    A `static` encoder has token vectors and token weights and no layers; it uses `vocab_size`, `width` and `normalize`
-    alone, and its pooling is the mean. `dtype` is that of the matmuls: parameters, softmax, LayerNorm statistics and
+    A `static` encoder has token vectors and token weights and no layers; of the fields between `pooling` and
+    `attention_dropout` it uses `normalize`, `towers` and the projection's alone, and its pooling is the mean. `dtype` is that of the matmuls: parameters, softmax, LayerNorm statistics and
     outputs are always float32.
 
     Raises:
@@ -35,9 +37,13 @@ class EncoderConfig:
 
     kind: str
     vocab_size: int
-    width: int  # of the token vectors and the embedding
+    width: int  # of the token vectors
     pooling: str = "mean"
     normalize: bool = True
+    towers: str = "tied"  # untied: parameters of its own for each side
+    projection: int = 0  # width of the linear head behind the pooling; 0: none
+    projection_bias: bool = False
+    projection_activation: str = "identity"
     dtype: str = "float32"
     remat: bool = False  # recompute each layer in the backward pass
     family: str = "bert"
@@ -66,6 +72,14 @@ class EncoderConfig:
             )
 
     @property
+    def untied(self) -> bool:
+        return self.towers == "untied"
+
+    @property
+    def embedding_width(self) -> int:
+        return self.projection or self.width
+
+    @property
     def first_position(self) -> int:
         """Row of the position table that the first token uses: RoBERTa's tables start behind the padding id."""
         return 0 if self.family == "bert" else self.pad_token_id + 1
@@ -92,7 +106,7 @@ class EncoderConfig:
 
 
 class Encoder(Protocol):
-    """A function from token sequences to embeddings, with its parameters kept outside."""
+    """A kind of encoder: a function from token sequences to vectors, with its parameters kept outside."""
 
     config: EncoderConfig
 
@@ -100,8 +114,8 @@ class Encoder(Protocol):
         """Random parameters, float32."""
 
     def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
-        """Embeddings, float32 BxD (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`).
+        """Pooled vectors, float32 BxD (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`).
 
-        Pooled embeddings have length 1 if `config.normalize`. Dropout is on where `rng` is given. A row without any
+        Head and normalisation are not its concern (`BiEncoder`). Dropout is on where `rng` is given. A row without any
         real token gives finite numbers.
         """

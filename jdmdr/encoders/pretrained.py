@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import huggingface_hub
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders import huggingface
+from jdmdr.encoders.bi_encoder import HEAD
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.encoders.static import inverse_softplus
 from jdmdr.types import UserError
@@ -23,13 +25,18 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
 POOLING_NAMES = {"lasttoken": "last"}
-MODULES = ("Transformer", "StaticEmbedding", "Pooling", "Normalize")
+MODULES = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize")  # in this order, each once
+ROUTES = {"query": "query", "passage": "document"}  # the name of a side's route in a Router module
+HEAD_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}  # of a Dense module, by torch's class name
+
+Modules = dict[str, pathlib.Path]  # class name -> directory
 
 
 def load_pretrained(
     name_or_dir: str | pathlib.Path, *, pooling: str | None = None, normalize: bool | None = None
 ) -> tuple[EncoderConfig, Params]:
-    """Loads a BERT, RoBERTa or XLM-R checkpoint, or a sentence-transformers static embedding.
+    """Loads a BERT, RoBERTa or XLM-R checkpoint, or a sentence-transformers static embedding; with its linear head, and
+    untied where a Router module gives each side a route of its own.
 
     Args:
       name_or_dir: a local directory, or a name on the Hugging Face hub.
@@ -43,15 +50,35 @@ def load_pretrained(
     """
     directory = find_checkpoint(name_or_dir)
     modules = read_modules(directory)
+    config, params = _load_tower(directory, modules["query"], pooling, normalize)
+    if modules["passage"] == modules["query"]:
+        return config, params
+    other, passage_params = _load_tower(directory, modules["passage"], pooling, normalize)
+    if other != config:
+        raise UserError(f"{directory}: its two routes are different encoders; jdmdr has two towers of one shape")
+    return dataclasses.replace(config, towers="untied"), {"query": params, "passage": passage_params}
+
+
+def _load_tower(
+    directory: pathlib.Path, modules: Modules, pooling: str | None, normalize: bool | None
+) -> tuple[EncoderConfig, Params]:
     if pooling is None:
         pooling = read_pooling(modules["Pooling"] / "config.json") if "Pooling" in modules else "mean"
     if normalize is None:
         normalize = "Normalize" in modules
     if "StaticEmbedding" in modules:
-        return _load_static(modules["StaticEmbedding"], pooling, normalize)
-    weights = modules.get("Transformer", directory)
-    config = huggingface.read_config(weights / "config.json", pooling, normalize)
-    return config, huggingface.read_params(weights, config)
+        config, params = _load_static(modules["StaticEmbedding"], pooling, normalize)
+    else:
+        weights = modules.get("Transformer", directory)
+        config = huggingface.read_config(weights / "config.json", pooling, normalize)
+        params = huggingface.read_params(weights, config)
+    if "Dense" in modules:
+        head, activation = read_head(modules["Dense"], config.width)
+        config = dataclasses.replace(
+            config, projection=head["kernel"].shape[1], projection_bias="bias" in head, projection_activation=activation
+        )
+        params = {**params, HEAD: {name: jnp.asarray(array) for name, array in head.items()}}
+    return config, params
 
 
 def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
@@ -84,26 +111,73 @@ def _fetch(name: str, weights: str) -> pathlib.Path:
     return pathlib.Path(
         huggingface_hub.snapshot_download(
             name,
-            allow_patterns=["*.json", "*.model", "*.txt", weights],
+            allow_patterns=["*.json", "*.model", "*.txt", "*_Dense/pytorch_model.bin", weights],
             ignore_patterns=["onnx/*", "openvino/*"],
         )
     )
 
 
-def read_modules(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """The directory of each sentence-transformers module by its class name; none for a bare checkpoint.
+def read_modules(directory: pathlib.Path) -> dict[str, Modules]:
+    """The sentence-transformers modules that embed a query and those that embed a passage; none for a bare checkpoint.
 
     Raises:
-      UserError: a module that jdmdr does not have.
+      UserError: a module that jdmdr does not have, or modules in another order than its encoders compute in.
     """
     path = directory / "modules.json"
     if not path.is_file():
-        return {}
-    modules = {m["type"].rsplit(".", 1)[-1]: directory / m["path"] for m in huggingface.read_json_file(path)}
-    for name in modules:
+        return {side: {} for side in ROUTES}
+    found = [(m["type"].rsplit(".", 1)[-1], directory / m["path"]) for m in huggingface.read_json_file(path)]
+    if not found or found[0][0] != "Router":
+        return dict.fromkeys(ROUTES, _in_order(path, found))
+    config = found[0][1] / "router_config.json"
+    router = huggingface.read_json_file(config)
+    out = {}
+    for side, route in ROUTES.items():
+        if route not in router["structure"]:
+            raise UserError(f"{config} has no route {route}; routes for query and document can be loaded")
+        own = [(router["types"][name].rsplit(".", 1)[-1], found[0][1] / name) for name in router["structure"][route]]
+        out[side] = _in_order(config, own + found[1:])
+    return out
+
+
+def _in_order(path: pathlib.Path, found: list[tuple[str, pathlib.Path]]) -> Modules:
+    names = [name for name, _ in found]
+    for name in names:
         if name not in MODULES:
             raise UserError(f"{path} has the module {name}; only {', '.join(MODULES)} can be loaded")
-    return modules
+    if names != sorted(set(names), key=MODULES.index):
+        raise UserError(
+            f"{path} has the modules {', '.join(names)}; each can be there once, in the order {', '.join(MODULES)}"
+        )
+    return dict(found)
+
+
+def read_head(directory: pathlib.Path, width: int) -> tuple[dict[str, np.ndarray], str]:
+    """The parameters (`kernel` in x out, perhaps `bias`) and the activation of a Dense module.
+
+    Raises:
+      UserError: a residual connection, an activation that jdmdr does not have, or weights of another shape.
+    """
+    path = directory / "config.json"
+    config = huggingface.read_json_file(path)
+    activation = str(config.get("activation_function", "Tanh")).rsplit(".", 1)[-1]
+    if activation not in HEAD_ACTIVATIONS:
+        raise UserError(
+            f"{path}: activation_function is {activation}; only {', '.join(HEAD_ACTIVATIONS)} can be loaded"
+        )
+    if config.get("use_residual") or config.get("module_input_name", "sentence_embedding") != "sentence_embedding":
+        raise UserError(f"{path} asks for more than a linear layer over the embedding; such a head cannot be loaded")
+    tensors = huggingface.read_tensors(directory)
+    weight = tensors.pop("linear.weight", np.zeros(0))
+    expected = (config.get("out_features"), width)
+    bias = {"bias": tensors.pop("linear.bias")} if "linear.bias" in tensors else {}
+    if weight.shape != expected or tensors or any(b.shape != expected[:1] for b in bias.values()):
+        raise UserError(
+            f"{directory}: linear.weight has shape {weight.shape}, but its config.json and the encoder ask for {expected}; "
+            "fetch the checkpoint again"
+        )
+    head = {"kernel": weight.T, **bias}
+    return {name: np.array(array, np.float32) for name, array in head.items()}, HEAD_ACTIVATIONS[activation]
 
 
 def read_pooling(path: pathlib.Path) -> str:

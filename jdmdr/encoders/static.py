@@ -1,4 +1,4 @@
-"""Token vectors without layers: a text is the weighted mean of its tokens' vectors, L2-normalised.
+"""Token vectors without layers: a text is the weighted mean of its tokens' vectors.
 
 It trains in seconds on a CPU. Random vectors with weights that start at the inverse document frequency begin close to
 lexical matching; training moves both.
@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders.config import EncoderConfig, Params
-from jdmdr.encoders.pooling import unit_length
 from jdmdr.types import Tokens
 
 SMALLEST_WEIGHT = 1e-3  # softplus comes near 0 only for weights so negative that they no longer learn
@@ -36,8 +35,7 @@ class StaticEncoder:
         if output == "tokens":
             return vectors_BxTxD * weights_BxT[:, :, None]
         sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
-        pooled_BxD = sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
-        return unit_length(pooled_BxD) if self.config.normalize else pooled_BxD
+        return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
 
 
 def init_from_idf(rng: jax.Array, config: EncoderConfig, idf_V: np.ndarray) -> Params:

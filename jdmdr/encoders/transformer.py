@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jdmdr.encoders.attention import SelfAttention
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.encoders.layers import Dense, LayerNorm
-from jdmdr.encoders.pooling import POOLINGS, unit_length
+from jdmdr.encoders.pooling import POOLINGS
 from jdmdr.types import Tokens, UserError
 
 ACTIVATIONS = {
@@ -106,5 +106,4 @@ class TransformerEncoder:
         hidden_BxTxD = Transformer(c).apply({"params": params}, tokens, rng is None, rngs=rngs).astype(jnp.float32)
         if output == "tokens":
             return hidden_BxTxD
-        pooled_BxD = POOLINGS[c.pooling](hidden_BxTxD, tokens.mask_BxT)
-        return unit_length(pooled_BxD) if c.normalize else pooled_BxD
+        return POOLINGS[c.pooling](hidden_BxTxD, tokens.mask_BxT)

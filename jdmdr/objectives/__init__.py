@@ -1,43 +1,45 @@
 """Training objectives: what they are, and the registry from name to factory.
 
-An objective is one function, `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)`. It never encodes by
-itself: `encode` is handed in, already sharded, cached and cast. A new objective is one file here and one entry below.
+An objective is a function `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)` and the parameters
+`extra` that it brings. It never encodes by itself: `encode` is handed in, already sharded, cached and cast. A new
+objective is one file here and one entry below.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any
 
 import jax
 
+from jdmdr.encoders import EncoderConfig
 from jdmdr.objectives import contrastive
-from jdmdr.shapes import Chunks
+from jdmdr.objectives.matryoshka import matryoshka
+from jdmdr.objectives.protocol import Encode, Loss, Objective
+from jdmdr.types import UserError
 
-
-class Encode(Protocol):
-    """Embeds one side of a batch."""
-
-    def __call__(self, params: Any, chunks: Chunks, side: str, output: str = "pooled") -> jax.Array:
-        """Args: side "query" or "passage"; output "pooled" (NxD, plan order) or "tokens"."""
-
-
-class Objective(Protocol):
-    """The loss of a global batch."""
-
-    def __call__(
-        self,
-        params: Any,
-        extra: Any,
-        batch: Mapping[str, Any],
-        encode: Encode,
-        rng: jax.Array,
-        step: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss and scalar metrics; `extra` holds arrays of the objective's own (heads, teacher, corpus)."""
-
+__all__ = ["OBJECTIVES", "Encode", "Loss", "Objective", "build"]
 
 # Factories take the objective's config and the mesh (None: one device).
 OBJECTIVES: dict[str, Callable[[Any, jax.sharding.Mesh | None], Objective]] = {
     "contrastive": contrastive.make_objective,
 }
+
+
+def build(config: Any, encoder: EncoderConfig, mesh: jax.sharding.Mesh | None = None) -> Objective:
+    """The objective that a recipe's `objective` keys describe, over embeddings of `encoder`.
+
+    Raises:
+      UserError: `dimensions` that the embeddings do not have.
+    """
+    objective = OBJECTIVES[config.name](config, mesh)
+    if not config.dimensions:
+        return objective
+    wrong = [d for d in config.dimensions if not 0 < d < encoder.embedding_width]
+    if wrong:
+        raise UserError(
+            f"objective.dimensions has {wrong[0]}; name widths below that of the embeddings, which is "
+            f"{encoder.embedding_width} and always counts"
+        )
+    weights = config.dimension_weights or (1.0,) * len(config.dimensions)
+    return matryoshka(objective, config.dimensions, weights, encoder.normalize)

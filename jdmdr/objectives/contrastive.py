@@ -25,33 +25,39 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jdmdr.objectives import temperature as temperatures
+from jdmdr.objectives.protocol import Objective
 from jdmdr.types import UserError
 
 MODES = ("none", "example", "negative", "literal_trainer")
 
 
-def make_objective(config: Any, mesh: Mesh | None = None):
-    """The contrastive objective; config keys: `mode` (one of MODES) and `temperature` (a divisor, > 0).
+def make_objective(config: Any, mesh: Mesh | None = None) -> Objective:
+    """The contrastive objective; config keys: `mode` (one of MODES) and those of the temperature (a divisor, > 0).
 
     With a mesh the queries' rows of the score matrix stay sharded over its axis "data" while every device sees all
     passages.
     """
-    mode, temperature = config.mode, config.temperature
+    mode = config.mode
     if mode not in MODES:
         raise UserError(f"objective.mode is {mode!r}; choose one of {', '.join(MODES)}.")
-    if not temperature > 0:
-        raise UserError(f"objective.temperature is {temperature!r}; it divides the scores and must be positive.")
+    parameters = temperatures.parameters(config)
 
     def loss(params, extra, batch, encode, rng, step):
-        del extra, rng, step
+        del rng, step
+        temperature = temperatures.value(config, extra)
         q_BxD = encode(params, batch["queries"], "query")
         p_NxD = encode(params, batch["passages"], "passage")
         if mesh is not None:
             q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec("data")))
             p_NxD = jax.lax.with_sharding_constraint(p_NxD, NamedSharding(mesh, PartitionSpec()))
-        return contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
+        value, metrics = contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
+        return value, {**metrics, **({"temperature": temperature} if extra else {})}
 
-    return loss
+    def figures(extra):
+        return {"temperature": float(temperatures.value(config, extra))} if extra else {}
+
+    return Objective(loss, parameters, figures)
 
 
 def contrastive_loss(
@@ -59,7 +65,7 @@ def contrastive_loss(
     p_NxD: jax.Array,
     batch: Mapping[str, Any],
     *,
-    temperature: float,
+    temperature: float | jax.Array,
     mode: str,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss on embeddings and its metrics.

@@ -1,0 +1,40 @@
+"""What an objective is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+from jdmdr.shapes import Chunks
+
+
+class Encode(Protocol):
+    """Embeds one side of a batch."""
+
+    def __call__(self, params: Any, chunks: Chunks, side: str, output: str = "pooled") -> jax.Array:
+        """Args: side "query" or "passage"; output "pooled" (NxD, plan order) or "tokens"."""
+
+
+class Loss(Protocol):
+    """The loss of a global batch."""
+
+    def __call__(
+        self,
+        params: Any,
+        extra: Any,
+        batch: Mapping[str, Any],
+        encode: Encode,
+        rng: jax.Array,
+        step: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Returns the loss and scalar metrics; `extra` are the objective's own parameters at this step."""
+
+
+class Objective(NamedTuple):
+    """A loss, and the parameters that it brings: they train with the encoder's, under the path `objective/...`."""
+
+    loss: Loss
+    parameters: Mapping[str, jax.Array] = {}  # where they start
+    figures: Callable[[Any], dict[str, float]] = lambda extra: {}  # what a person wants to know of them in the end
