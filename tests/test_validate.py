@@ -92,6 +92,9 @@ def test_perfect_and_useless_encoders_score_one_and_little(finished, model):
         def __init__(self, right):
             self.right = right
 
+        def tower(self, params, side):
+            return params
+
         def apply(self, params, tokens):
             shape = tokens.ids_BxT.shape
             return jax.nn.one_hot(tokens.ids_BxT[:, 0] * self.right, 64) * (shape[1] > 0)
