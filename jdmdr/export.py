@@ -25,6 +25,7 @@ from jdmdr.encoders import huggingface, pretrained
 from jdmdr.types import Tokens, UserError
 
 PACKAGE = "sentence_transformers.models"
+WEIGHTS = "model.safetensors"
 SIMILARITIES = ("cosine", "dot")
 POOLING_FLAGS = {"cls": "pooling_mode_cls_token", "mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken"}
 TOKENIZER_FILES = (
@@ -166,7 +167,7 @@ def _write_transformer(config: encoders.EncoderConfig, params: Any, max_length: 
 def _write_static(config: encoders.EncoderConfig, params: Any, max_length: int, place: Place) -> list[str]:
     weight_V = np.asarray(jax.nn.softplus(params["weight"]))
     rows_VxD = np.asarray(params["embedding"], np.float32) * weight_V[:, None]
-    _save_tensors({"embedding.weight": rows_VxD}, _new(place(0, "StaticEmbedding")))
+    huggingface.save_tensors({"embedding.weight": rows_VxD}, _new(place(0, "StaticEmbedding")) / WEIGHTS)
     return ["StaticEmbedding"]
 
 
@@ -177,7 +178,7 @@ def _write_head(config: encoders.EncoderConfig, head: Any, directory: pathlib.Pa
     tensors = {"linear.weight": np.asarray(head["kernel"]).T}
     if config.projection_bias:
         tensors["linear.bias"] = np.asarray(head["bias"])
-    _save_tensors(tensors, directory)
+    huggingface.save_tensors(tensors, directory / WEIGHTS)
     activation = next(a for a, ours in pretrained.HEAD_ACTIVATIONS.items() if ours == config.projection_activation)
     module = {"Identity": "linear", "Tanh": "activation"}[activation]
     _write_json(
@@ -189,12 +190,6 @@ def _write_head(config: encoders.EncoderConfig, head: Any, directory: pathlib.Pa
             "activation_function": f"torch.nn.modules.{module}.{activation}",
         },
     )
-
-
-def _save_tensors(tensors: Mapping[str, np.ndarray], directory: pathlib.Path) -> None:
-    # safetensors writes the memory of an array that is not contiguous in the wrong order, without an error.
-    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
-    safetensors.numpy.save_file(contiguous, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def _new(directory: pathlib.Path) -> pathlib.Path:
@@ -251,10 +246,10 @@ def check_parity(
 def _encode_static(directory: pathlib.Path, ids: Sequence[Sequence[int]], side: str) -> np.ndarray:
     # On its own in NumPy, as a reader of the format would do it: the mean of the rows, the head, unit length.
     modules = pretrained.read_modules(directory)[side]
-    rows_VxD = safetensors.numpy.load_file(modules["StaticEmbedding"] / "model.safetensors")["embedding.weight"]
+    rows_VxD = safetensors.numpy.load_file(modules["StaticEmbedding"] / WEIGHTS)["embedding.weight"]
     out_QxE = np.stack([rows_VxD[text].mean(axis=0) if text else np.zeros_like(rows_VxD[0]) for text in ids])
     if "Dense" in modules:
-        head = safetensors.numpy.load_file(modules["Dense"] / "model.safetensors")
+        head = safetensors.numpy.load_file(modules["Dense"] / WEIGHTS)
         out_QxE = out_QxE @ head["linear.weight"].T + head.get("linear.bias", 0.0)
     if "Normalize" not in modules:
         return out_QxE

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jdmdr.hashing import stable_hash
-from jdmdr.optim import path_name
+from jdmdr.optim import named_leaves
 from jdmdr.types import UserError
 
 
@@ -36,7 +36,7 @@ def init(section: Any, params: Any, seed: int) -> Any:
       UserError: no matrix matches, or the rank is not below both sides of one.
     """
     adapters: dict[str, Any] = {}
-    matrices = [(path_name(p), leaf) for p, leaf in jax.tree_util.tree_leaves_with_path(params) if leaf.ndim == 2]
+    matrices = [(name, leaf) for name, leaf in named_leaves(params) if leaf.ndim == 2]
     for name, matrix in matrices:
         if re.search(section.target, name):
             *parents, last = name.split("/")

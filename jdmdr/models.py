@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 
 from jdmdr import encoders
 from jdmdr.encoders import static
-from jdmdr.optim import path_name
+from jdmdr.optim import named_leaves
 from jdmdr.tokenizer import TokenStore
 from jdmdr.types import UserError
 from jdmdr.workdir import read_json, write_json
@@ -88,8 +88,8 @@ def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -
         checkpointer.save(target, params)
     write_json(directory / "encoder.json", config.to_dict())
     digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        digest.update(f"{path_name(path)} {leaf.shape} {leaf.dtype}\n".encode())
+    for name, leaf in named_leaves(params):
+        digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 

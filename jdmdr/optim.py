@@ -30,8 +30,7 @@ def make_optimiser(section: Any, params: Any, frozen: Any = None) -> optax.Gradi
     if section.decay not in ("linear", "constant"):
         raise UserError(f"decay is {section.decay!r}; it is one of linear, constant")
     patterns = dict(section.learning_rates)
-    paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path([params, frozen])]
-    paths = [name.split("/", 1)[1] for name in paths]  # without the place in the list
+    paths = [name for tree in (params, frozen) for name, _ in named_leaves(tree)]
     for pattern in patterns:
         if not any(re.search(pattern, name) for name in paths):
             raise UserError(f"learning_rates: {pattern!r} matches no parameter; there are {', '.join(paths[:8])} ...")
@@ -55,3 +54,8 @@ def make_optimiser(section: Any, params: Any, frozen: Any = None) -> optax.Gradi
 def path_name(path: tuple) -> str:
     """A parameter's path as a slash-joined name, e.g. `layer_0/attention/query/kernel`."""
     return "/".join(str(getattr(entry, "key", getattr(entry, "name", getattr(entry, "idx", entry)))) for entry in path)
+
+
+def named_leaves(tree: Any) -> list[tuple[str, jax.Array]]:
+    """(slash-joined path, array) of every parameter."""
+    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]

@@ -238,8 +238,9 @@ class Recipe:
         return encoders.truncate(*model, kept) if kept else model
 
     def _run_training(
-        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int
-    ):
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int,
+        base: str | None,
+    ):  # fmt: skip
         c = self.config
         encoder = encoders.build(encoder_config)
         lengths = c.encoder.query_length, c.encoder.passage_length
@@ -255,7 +256,7 @@ class Recipe:
         )
         objective = objectives.build(section.objective, encoder_config, self.mesh)
         params, counts = train.train(
-            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh
+            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base
         )
         if section.steps:
             counts |= sources.shares(found[0], section, c.seed, self.library.langs)
@@ -275,7 +276,7 @@ class Recipe:
         if self.evaluates_alone:
             return {"steps": 0, "parameters_sha256": models.save(out_dir, encoder_config, params)}
         found = self._with_cloze(sources.pairs(self.training, self.stores), section)
-        return self._run_training(out_dir, section, encoder_config, params, found, topics=1)
+        return self._run_training(out_dir, section, encoder_config, params, found, 1, self.config.encoder.name or None)
 
     def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
         for lang, collection in progress.bar(self._languages(), "  indexing", "languages"):
@@ -399,7 +400,8 @@ class Recipe:
             self.training, self.stores, self.library, version, labels, c.weights.inherit
         )
         found = self._with_cloze(training_set, c.train)
-        return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters)
+        base = None if _trains(c.warmup) else c.encoder.name or None
+        return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters, base)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         systems = ("bm25", *([] if self.evaluates_alone else ["warmup"]), self.config.name)

@@ -20,7 +20,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jdmdr import batches, models, parallel, progress, trainable, workdir
+from jdmdr import batches, models, parallel, peft, progress, trainable, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
 from jdmdr.objectives import Objective
@@ -28,7 +28,7 @@ from jdmdr.optim import make_optimiser
 from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
 
-CHECKPOINTS, LOG = "checkpoints", "log.jsonl"
+CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
 VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
 
@@ -44,6 +44,7 @@ def train(
     out_dir: pathlib.Path,
     seed: int,
     mesh: jax.sharding.Mesh,
+    base: str | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains for `section.steps` steps and returns the best parameters and the run's counts.
 
@@ -55,7 +56,8 @@ def train(
       shapes: how many differently shaped batches `make_batch` can give; more compilations than that are an error.
       validate: params -> nDCG@10 on the held-out train queries, or None where there are none.
       out_dir: gets `checkpoints/`, `log.jsonl` and `tensorboard/`. A run found there is gone on with, bit for bit as
-        if it had never stopped (same device count, CPU).
+        if it had never stopped (same device count, CPU). Adapters of a transformer are left in `adapter/` too.
+      base: the checkpoint that `params` are, for the adapters to name; None where they are of no checkpoint.
 
     Raises:
       UserError: the checkpoint is corrupt, or `section.max_skipped` updates in a row were not finite.
@@ -135,6 +137,8 @@ def train(
     counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
     if score != UNMEASURED:
         counts["valid_ndcg@10"] = score
+    if section.lora.rank and encoder.config.kind == "transformer":
+        peft.save(out_dir / ADAPTER, encoder.config, state["params"][trainable.LORA], section.lora, base)
     if objective.parameters:
         counts["objective"] = objective.figures(state["params"][trainable.OBJECTIVE])
     return encoder_params(state), counts

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jdmdr import lora
-from jdmdr.optim import path_name
+from jdmdr.optim import named_leaves
 from jdmdr.types import UserError
 
 LORA, OBJECTIVE = "lora", "objective"
@@ -33,7 +33,7 @@ def split(section: Any, params: Any, own: Mapping[str, jax.Array], seed: int) ->
     pattern = section.trainable or (HEAD if adapting else "")
     trained = _select(params, lambda name: bool(re.search(pattern, name)))
     if not trained and section.trainable:
-        names = ", ".join(name for name, _ in _named(params)[:8])
+        names = ", ".join(name for name, _ in named_leaves(params)[:8])
         raise UserError(f"trainable: {section.trainable!r} matches no parameter; there are {names} ...")
     frozen = _select(params, lambda name: not re.search(pattern, name))
     if adapting:
@@ -52,10 +52,6 @@ def assemble(trained: Any, frozen: Any, section: Any = None, rng: jax.Array | No
     if LORA in trained:
         params = lora.merge(params, trained[LORA], section, rng)
     return params, trained.get(OBJECTIVE, {})
-
-
-def _named(tree: Any) -> list[tuple[str, Any]]:
-    return [(path_name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
 
 
 def _select(tree: Mapping, wanted: Callable[[str], bool], prefix: str = "") -> dict[str, Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -223,12 +223,11 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
         "/".join(entry.key for entry in path): np.asarray(leaf, np.float32)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    # safetensors writes the memory of an array that is not contiguous in the wrong order, without an error.
     tensors = {
-        theirs: np.ascontiguousarray(leaves[ours].T if transposed else leaves[ours])
+        theirs: leaves[ours].T if transposed else leaves[ours]
         for ours, theirs, transposed in tensor_names(config.layers)
     }
-    safetensors.numpy.save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    save_tensors(tensors, directory / "model.safetensors")
     original = {k: v for k, v in (config.original or {}).items() if k != "torch_dtype"}
     activation = original.get("hidden_act")
     if ACTIVATIONS.get(activation) != config.activation:
@@ -242,3 +241,10 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
         **{key: getattr(config, ours) for key, ours in CONFIG_KEYS.items()},
     }
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], path: pathlib.Path) -> None:
+    """Writes a safetensors file that torch's readers take."""
+    # safetensors writes the memory of an array that is not contiguous in the wrong order, without an error.
+    contiguous = {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}
+    safetensors.numpy.save_file(contiguous, path, metadata={"format": "pt"})
