@@ -321,7 +321,7 @@ class Recipe:
         c = self.config
         lengths = {key: c.encoder[key] for key in ("query_length", "passage_length")}
         source = {"source": spec.source, "preset": spec.preset, **lengths}
-        stored = {**c.encode.to_dict(), "dtype_of_matmuls": c.encoder.dtype}
+        stored = {"dtype": c.encode.dtype, "shard_rows": c.encode.shard_rows, "dtype_of_matmuls": c.encoder.dtype}
         tokens = f"tokens-{spec.name}"
         return [
             Stage(tokens, functools.partial(self.tokenize_for, spec), source, ("corpus",)),
