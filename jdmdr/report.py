@@ -129,7 +129,7 @@ def _flat(config: dict[str, Any], prefix: str = ""):
         elif prefix + key != "data.root":  # a path of this machine, and no setting of the experiment
             if isinstance(value, str) and pathlib.Path(value).is_absolute():
                 value = pathlib.Path(value).name
-            yield prefix + key, "off" if value is None else repr(value)
+            yield prefix + key, "off" if value is None else repr(value).replace("|", "\\|")
 
 
 def model_card(recipe: Recipe, encoder_config: Any) -> str:

@@ -25,7 +25,7 @@ def section(text, heading):
 def table(text):
     """The cells of the first table: a header and its rows, without the rule."""
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+    rows = [[cell.strip() for cell in re.split(r"(?<!\\)\|", line.strip("|"))] for line in lines]
     return rows[0], [row for row in rows[1:] if not set("".join(row)) <= set("-:")]
 
 
