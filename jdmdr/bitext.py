@@ -106,7 +106,7 @@ def open_encoder(config: ConfigDict, directory: pathlib.Path, name: str, scratch
         encoder_config, params = models.load(directory / name)
     else:
         encoder_config, params = models.start(section, words.vocab_size, None, config.seed)
-    embedder = Embedder(encoders.build(encoder_config), mesh, section.query_length)
+    embedder = Embedder(encoders.build(encoder_config), mesh, section.query_length, "query")
 
     def embed(texts: Sequence[str]) -> np.ndarray:
         with tempfile.TemporaryDirectory(dir=scratch) as store:
