@@ -1,5 +1,7 @@
 """Turns the files of a language into a directory that later stages map into memory, and reads it back.
 
+`python -m jdmdr.corpus check DIR` says what a data root holds and what is wrong with it (`datasets/audit.py`).
+
     passages.jsonl, passages.offsets.npy    the passages, one a line; where each line starts (int64, C + 1)
     docids.txt, docids.offsets.npy          the docids alone, one a line; where each line starts (int64, C + 1)
     docid_hash.npy, docid_rows.npy          64-bit hashes of the docids, sorted, and the row of each
@@ -77,7 +79,7 @@ class Collection:
     def rows(self, docids: Iterable[str]) -> np.ndarray:
         """The rows of docids, int64; -1 for a docid that is not in the collection."""
         docids = list(docids)
-        wanted = _hashes(map(_digest, docids))
+        wanted = _hashes(map(hash64, docids))
         rows = np.full(len(docids), -1, np.int64)
         places = np.searchsorted(self._hash, wanted)
         open_ = np.arange(len(docids))
@@ -217,7 +219,7 @@ def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestR
                 row = {"docid": passage.docid, "title": passage.title, "text": passage.text}
                 passage_ends.append(passage_ends[-1] + passages.write(_to_json(row).encode() + b"\n"))
                 docid_ends.append(docid_ends[-1] + docids.write(passage.docid.encode() + b"\n"))
-                digests += _digest(passage.docid)
+                digests += hash64(passage.docid)
                 report.empty_texts += not passage.text or passage.text.isspace()
             if report.passages == len(docid_ends) - 1:
                 report.warnings.append(f"{lang}: {path} holds no passages")
@@ -252,8 +254,8 @@ def _place(paths: list[Path], row: int) -> str:
     return next(f"{path}, line {number}" for i, (path, number) in enumerate(places) if i == row)
 
 
-def _digest(docid: str) -> bytes:
-    return hashlib.blake2b(docid.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def hash64(text: str) -> bytes:
+    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
 
 
 def _hashes(digests: Iterable[bytes]) -> np.ndarray:
@@ -290,7 +292,7 @@ def _write_split(
 
     dropped = 0
     if split == TRAIN and files.train:
-        reworded, more = _add_train_rows(files.train, queries, judged)
+        reworded, more = add_train_rows(files.train, queries, judged)
         conflicts += more
         warn(reworded, "queries are worded differently in the topics and in the training rows, which are followed")
     warn(conflicts, "judgments contradict an earlier one of the same pair; the higher relevance is kept")
@@ -328,10 +330,12 @@ def _write_split(
                 handle.writelines(f"{qid}\tQ0\t{docid}\t{rel}\n".encode() for docid, rel in of_query.items())
 
 
-def _add_train_rows(path: Path, queries: dict[str, str], judged: reading.Qrels) -> tuple[int, int]:
+def add_train_rows(
+    path: Path, queries: dict[str, str], judged: reading.Qrels, on_error: reading.OnError = None
+) -> tuple[int, int]:
     """Adds training rows to the train topics and qrels; returns how many queries and how many judgments differed."""
     reworded = conflicts = 0
-    for (qid, text), positives, negatives in reading.train_rows(path):
+    for (qid, text), positives, negatives in reading.train_rows(path, on_error):
         reworded += queries.get(qid, text) != text
         queries[qid] = text
         for docid in positives:
@@ -356,3 +360,9 @@ def _unknown(judged: reading.Qrels, *collections: Collection) -> set[str]:
     for collection in collections:
         docids = [docids[i] for i in np.flatnonzero(collection.rows(docids) < 0)]
     return set(docids)
+
+
+if __name__ == "__main__":
+    from jdmdr.datasets import audit_report
+
+    audit_report.main()

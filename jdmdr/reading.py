@@ -22,6 +22,7 @@ from jdmdr.types import Passage, Query, UserError
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 
 FIELDS = ("title", "text")  # of a passage, that are its text
+TREC = ["qid", "Q0", "docid", "rel"]
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 PASSAGE_FIELDS = {"docid": "text", "_id": "text", "id": "contents"}  # id and text: MIRACL; BEIR; Mr. TyDi, Pyserini
 
@@ -68,15 +69,20 @@ def lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator
         raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
 
 
-def passages(
-    path: Path, fields: Sequence[str] = FIELDS, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None
-) -> Iterator[Passage]:
+def passages(path: Path, fields: Sequence[str] = FIELDS) -> Iterator[Passage]:
     """Streams the passages of a corpus shard; a title that is absent or null is empty.
 
     A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
     are the title, an empty line and the text. The text is the `fields` but the title joined by one blank; without
     "title" among them the title is empty.
     """
+    return (passage for _, passage in numbered_passages(path, fields=fields))
+
+
+def numbered_passages(
+    path: Path, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None, fields: Sequence[str] = FIELDS
+) -> Iterator[tuple[int, Passage]]:
+    """As `passages`, each with the number of its line."""
     return _records(path, functools.partial(_passage, fields), on_error, on_bytes)
 
 
@@ -92,7 +98,7 @@ def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
         negatives = _docids(row, "negative_passages", path, number) if "negative_passages" in row else []
         return TrainRow(query, positives, negatives)
 
-    return _records(path, train_row, on_error)
+    return (row for _, row in _records(path, train_row, on_error))
 
 
 def topics(path: Path, on_error: OnError = None) -> list[Query]:
@@ -107,7 +113,7 @@ def topics(path: Path, on_error: OnError = None) -> list[Query]:
         _once(first, fields[0], "qid", path, number)
         return Query(*fields)
 
-    return list(_records(path, topic, on_error))
+    return [topic for _, topic in _records(path, topic, on_error)]
 
 
 def queries(path: Path, on_error: OnError = None) -> list[Query]:
@@ -120,7 +126,7 @@ def queries(path: Path, on_error: OnError = None) -> list[Query]:
         _once(first, found.qid, "_id", path, number)
         return found
 
-    return list(_records(path, query, on_error))
+    return [query for _, query in _records(path, query, on_error)]
 
 
 def qrels(path: Path, on_error: OnError = None) -> tuple[Qrels, int]:
@@ -129,25 +135,19 @@ def qrels(path: Path, on_error: OnError = None) -> tuple[Qrels, int]:
     A pair judged twice keeps the higher relevance; the second value counts the pairs judged differently.
     """
     judged: Qrels = {}
-    conflicts = 0
-    for qid, docid, rel in judgments(path, on_error):
-        conflicts += judge(judged, qid, docid, rel)
-    return judged, conflicts
+    conflicts, form = 0, TREC
 
-
-def judgments(path: Path, on_error: OnError = None) -> Iterator[tuple[str, str, int]]:
-    """Streams the judgments that `qrels` reads: qid, docid, relevance."""
-    form = ["qid", "Q0", "docid", "rel"]
-    for number, line in lines(path):
+    def judgment(line: str, path: Path, number: int) -> tuple[str, str, int] | None:
+        nonlocal form
         if number == 1 and line.strip().split("\t") == BEIR_HEADER:
             form = BEIR_HEADER
-            continue
-        try:
-            yield _judgment(line, form, path, number)
-        except UserError as error:
-            if on_error is None:
-                raise
-            on_error(error)
+            return None
+        return _judgment(line, form, path, number)
+
+    for _, found in _records(path, judgment, on_error):
+        if found:
+            conflicts += judge(judged, *found)
+    return judged, conflicts
 
 
 def judge(judged: Qrels, qid: str, docid: str, rel: int) -> bool:
@@ -176,7 +176,7 @@ def _records(
     parse: Callable[[str, Path, int], Record],
     on_error: OnError,
     on_bytes: Callable[[int], None] | None = None,
-) -> Iterator[Record]:
+) -> Iterator[tuple[int, Record]]:
     for number, line in lines(path, on_bytes):
         try:
             record = parse(line, path, number)
@@ -185,7 +185,7 @@ def _records(
                 raise
             on_error(error)
         else:
-            yield record
+            yield number, record
 
 
 def _passage(fields: Sequence[str], line: str, path: Path, number: int) -> Passage:
