@@ -268,7 +268,7 @@ def _split(
     note("no topic", (qid for qid in qrels if qid not in known), len(qrels))
 
     unknown: set[str] = set()
-    if lang in docids:
+    if len(docids.get(lang, ())):
         pairs = [docid for of_query in qrels.values() for docid in of_query]
         unknown = _unknown(pairs, docids[lang])
         missing = _unknown(unknown, *_others(lang, docids)) if unknown else unknown

@@ -128,15 +128,15 @@ def lines(root: Path, layouts: list[str], spare: list[str], found: Audit) -> lis
                 "  " + line for line in tabulate.tabulate(rows, tablefmt="plain", disable_numparse=True).splitlines()
             ]
     if spare:
-        out += ["", f"{len(spare)} files are not read, for no layout knows their names: {', '.join(spare[:SHOWN])}"
-                    f"{', ...' if len(spare) > SHOWN else ''}; see docs/data.md if one should be"]  # fmt: skip
+        out += ["", f"{_files(len(spare))} that no layout reads: {', '.join(spare[:SHOWN])}"
+                    f"{', ...' if len(spare) > SHOWN else ''}; docs/data.md says which names are read"]  # fmt: skip
     for path, sentences in found.errors.items():
         out += ["", *(f"error: {sentence}" for sentence in sentences)]
         if more := found.error_counts[path] - len(sentences):
             out.append(f"error: {path}: {more} more of its records cannot be used")
-    kinds = len({finding.kind for finding in found.findings})
-    out += ["", f"{len(found.errors)} files hold what cannot be used: mend them first" if found.errors else
-                f"every record can be used; {kinds} kinds of findings to look at" if kinds else
+    warnings = len({finding.kind for finding in found.findings})
+    out += ["", f"errors in {_files(len(found.errors))}: mend them first" if found.errors else
+                f"every record can be used; {warnings} warning{'s' * (warnings > 1)} to look at" if warnings else
                 "every record can be used, and nothing looks wrong"]  # fmt: skip
     return out
 
@@ -155,6 +155,10 @@ def _table(head: list[str], rows: list[list[Any]]) -> list[str]:
         if rows
         else []
     )
+
+
+def _files(count: int) -> str:
+    return f"{count} file{'s' * (count != 1)}"
 
 
 def _lengths(lengths: dict[int, int]) -> list[int | None]:
