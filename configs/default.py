@@ -150,6 +150,7 @@ def training():
     t.chunk_rows = 64  # sequences encoded together: smaller pads less, larger computes faster
     t.max_profiles = 3  # compiled batch shapes, one more for batches that fit none
     t.checkpoint_every = 500  # steps between validations, each saved
+    t.keep = "best"  # what the run ends with: best (of the validations, the start included) | last
     t.valid_pool = 100_000  # passages a language that validation searches: positives, negatives, random ones
     t.log_every = 10  # steps
     t.max_skipped = 20  # non-finite updates in a row that stop the run

@@ -35,6 +35,7 @@ CHOICES = {
     "evaluate.hybrid": METHODS,
 }
 SECTION_CHOICES = {
+    "keep": ("best", "last"),
     "policy": POLICIES,
     "decay": ("linear", "constant"),
     "objective.name": OBJECTIVES,

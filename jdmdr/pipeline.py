@@ -40,11 +40,11 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
             f"data.root has no training queries and nothing is set to train, so there is no {target} stage; run "
             "jdmdr.evaluate for the figures of the encoder as it is"
         )
-    for name in _needed(stages, target):
+    for name in needed(stages, target):
         workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
 
 
-def _needed(stages: dict[str, Stage], target: str) -> list[str]:
+def needed(stages: dict[str, Stage], target: str) -> list[str]:
     """The target and its needs, in pipeline order."""
     wanted, todo = set(), [target]
     while todo:

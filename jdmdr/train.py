@@ -121,7 +121,7 @@ def train(
     log.close()
     checkpoints.close()
     checkpoints = Checkpoints(out_dir / CHECKPOINTS)
-    best = checkpoints.best()
+    best = checkpoints.best() if section.keep == "best" else checkpoints.latest()
     skipped = int(state["skipped"])
     score = checkpoints.score(best)
     restored, _ = checkpoints.restore(best, _saved(state))

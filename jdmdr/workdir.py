@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from jdmdr import __version__
@@ -170,8 +170,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     the reason printed; a precious stage refuses with the list of changes unless `redo`.
     """
     directory = workdir / stage.name
-    # a round trip through JSON, so that tuples and numbers compare as they will be read back
-    promise = json.loads(json.dumps(_promise(stage, workdir)))
+    promise = as_json(_promise(stage, workdir))
     manifest, plan = read_json(directory / MANIFEST), read_json(directory / PLAN)
     if manifest is not None:
         changes = _differences({key: manifest.get(key) for key in promise}, promise)
@@ -201,6 +200,31 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     write_json(directory / PLAN, promise)
     counts = stage.run(directory)
     write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})
+
+
+def adopt(stage: Stage, workdir: pathlib.Path, donors: Iterable[pathlib.Path]) -> None:
+    """Links the stage's directory from the first of the other working directories that has done the same work.
+
+    Does nothing where the stage has a directory already, or none of `donors` fits. Finished stages are never written to, so
+    both can share their files.
+    """
+    target = workdir / stage.name
+    if target.exists():
+        return
+    promise = as_json(_promise(stage, workdir))
+    for donor in donors:
+        manifest = read_json(donor / stage.name / MANIFEST)
+        if manifest and {key: manifest.get(key) for key in promise} == promise:
+            partial = target.with_name(f".{stage.name}.partial")
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(donor / stage.name, partial, copy_function=os.link)
+            partial.rename(target)
+            return
+
+
+def as_json(value: Any) -> Any:
+    """The value after a round trip through JSON, so that tuples and numbers compare as they will be read back."""
+    return json.loads(json.dumps(value))
 
 
 def counts_of(workdir: pathlib.Path, name: str) -> Mapping[str, Any]:

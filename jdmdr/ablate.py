@@ -1,0 +1,194 @@
+"""Runs a list of recipes over several seeds and tells which parts matter: the ablation tables.
+
+    python -m jdmdr.ablate --config configs/ablation.py --workdir runs/ablation --config.data.root=DIR
+
+Every row and seed is a working directory of the ordinary pipeline, `cells/ROW-SEED/`; a stage that another cell has
+finished with the same settings and inputs is linked instead of done again. A second run goes on where the first stopped.
+Writes `ablation.md` and `ablation.json`.
+"""
+
+from __future__ import annotations
+
+import pathlib
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from ml_collections import ConfigDict
+from tabulate import tabulate
+
+from jdmdr import cli, progress, scores, significance, workdir
+from jdmdr.metrics import AVERAGE
+from jdmdr.types import UserError
+
+MEASURES = ("ndcg@10", "recall@100")
+ALPHA = 0.05
+SERVER = "needs a server"
+
+
+class Row(NamedTuple):
+    """A line of the tables: the recipe with these keys overridden; None for what needs an LLM server."""
+
+    table: str
+    name: str
+    overrides: Mapping[str, Any] | None
+
+    @property
+    def slug(self) -> str:
+        return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
+
+
+def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
+    """The command: all cells, then the tables."""
+    settings = config.ablation
+    rows = [Row(table, name, overrides and dict(overrides)) for table, name, overrides in settings.rows]
+    _check(rows, settings)
+    cells = [(row, seed) for row in rows if row.overrides is not None for seed in settings.seeds]
+    configs = {(row.slug, seed): cell_config(config, row, seed) for row, seed in cells}
+    for number, (row, seed) in enumerate(cells, 1):
+        progress.say(f"[{number}/{len(cells)}] {row.name}, seed {seed}")
+        run_cell(configs[row.slug, seed], directory / "cells", f"{row.slug}-{seed}")
+    found = results(rows, settings.seeds, settings.reference, config.name, directory / "cells")
+    workdir.write_json(directory / "ablation.json", found)
+    workdir.write_text(directory / "ablation.md", page(found, "github"))
+    print(page(found, "simple"))
+    print(f"{directory / 'ablation.md'}")
+
+
+def _check(rows: Sequence[Row], settings: ConfigDict) -> None:
+    slugs = [row.slug for row in rows]
+    if double := next((slug for slug in slugs if slugs.count(slug) > 1), None):
+        raise UserError(f"ablation.rows has two rows called {double!r}; give each a name of its own")
+    if settings.reference not in [row.name for row in rows if row.overrides is not None]:
+        raise UserError(f"ablation.reference is {settings.reference!r}, which is no row of ablation.rows that runs")
+    if not settings.seeds:
+        raise UserError("ablation.seeds is empty; name one seed or more, such as (0, 1, 2)")
+
+
+def cell_config(config: ConfigDict, row: Row, seed: int) -> ConfigDict:
+    """The recipe of one row and seed; raises UserError for a key that it does not have."""
+    cell = config.copy_and_resolve_references()
+    with cell.unlocked(), cell.ignore_type():
+        del cell.ablation
+        cell.seed = seed
+        for key, value in row.overrides.items():
+            *groups, last = key.split(".")
+            part = cell
+            for group in groups:
+                part = part.get(group, ConfigDict())
+            if last not in part:
+                raise UserError(f"ablation.rows, {row.name}: there is no key {key}; configs/default.py has them all")
+            part[last] = value
+    return cell
+
+
+def run_cell(config: ConfigDict, cells: pathlib.Path, name: str) -> None:
+    """Brings one cell's evaluation up to date, with the finished stages of other cells where they fit."""
+    from jdmdr.pipeline import needed
+    from jdmdr.recipe import Recipe
+
+    directory = cells / name
+    if _evaluated(directory, config):
+        return
+    with workdir.locked(directory):
+        stages = {stage.name: stage for stage in Recipe(config, directory).stages()}
+        donors = sorted(path for path in cells.iterdir() if path.is_dir() and path != directory)
+        for stage in needed(stages, "evaluate"):
+            workdir.adopt(stages[stage], directory, donors)
+            workdir.bring_up_to_date(stages[stage], directory, True, lambda line: None)
+        workdir.write_json(directory / "cell.json", _settings(config))
+
+
+def _settings(config: ConfigDict) -> dict[str, Any]:
+    return workdir.as_json(config.to_dict())
+
+
+def _evaluated(directory: pathlib.Path, config: ConfigDict) -> bool:
+    """Whether the cell was finished with this very config; the stages themselves are not looked at again."""
+    return workdir.read_json(directory / "cell.json") == _settings(config)
+
+
+# ---------------------------------------------------------------------------------------------------------- the tables
+
+
+def results(
+    rows: Sequence[Row], seeds: Sequence[int], reference: str, system: str, cells: pathlib.Path
+) -> dict[str, Any]:
+    """{split: {measure: [{"table", "name", "seeds", "mean", "low", "high", "difference", "p_corrected"}]}}.
+
+    A row's test against the reference pairs queries, each the mean over the seeds; p is corrected by Holm for the number of
+    rows. A row that needs a server has its name alone.
+    """
+    values = {}  # split -> measure -> row -> [by language, one a seed]
+    for row in rows:
+        for seed in seeds if row.overrides is not None else ():
+            evaluated = cells / f"{row.slug}-{seed}" / "evaluate"
+            for path in sorted(evaluated.glob("*.queries.tsv")):
+                of = scores.read_queries(path).values[system]
+                for measure in MEASURES:
+                    split = values.setdefault(path.name.removesuffix(".queries.tsv"), {})
+                    split.setdefault(measure, {}).setdefault(row.name, []).append(of[measure])
+    return {
+        split: {measure: _lines(rows, reference, of) for measure, of in by_measure.items()}
+        for split, by_measure in values.items()
+    }
+
+
+def _lines(
+    rows: Sequence[Row], reference: str, of: Mapping[str, list[Mapping[str, np.ndarray]]]
+) -> list[dict[str, Any]]:
+    pooled = {
+        name: {lang: np.mean([run[lang] for run in runs], axis=0) for lang in runs[0]} for name, runs in of.items()
+    }
+    pairs = {name: (values, pooled[reference]) for name, values in pooled.items() if name != reference}
+    tests = significance.corrected(significance.compare_all(pairs, 0)) if pairs else {}
+    lines = []
+    for row in rows:
+        line: dict[str, Any] = {"table": row.table, "name": row.name}
+        if row.name in of:
+            means = [float(np.mean([values.mean() for values in run.values()])) for run in of[row.name]]
+            line |= {"seeds": means, "mean": float(np.mean(means)), "low": min(means), "high": max(means)}
+            line["languages"] = {lang: float(values.mean()) for lang, values in pooled[row.name].items()}
+        if row.name in tests:
+            test = tests[row.name][AVERAGE]
+            line |= {"difference": test.difference, "p_corrected": test.p_corrected}
+        lines.append(scores.rounded(line))
+    return lines
+
+
+def page(found: Mapping[str, Any], form: str) -> str:
+    """The tables as text: one a split and table of the paper."""
+    parts = []
+    for split, by_measure in found.items():
+        first = next(iter(by_measure.values()))
+        langs = next(list(line["languages"]) for line in first if "languages" in line)
+        for title in dict.fromkeys(line["table"] for line in first):
+            rows = []
+            for number, line in enumerate(first):
+                if line["table"] == title:
+                    rows.append(_cells(line["name"], [of[number] for of in by_measure.values()], langs))
+            headers = ["", *langs, "nDCG@10", "over the seeds", "difference", "p", "Recall@100"]
+            table = tabulate(
+                rows, headers, form, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
+            )
+            heading = f"{title}, {split}"
+            parts.append(f"{f'**{heading}**' if form == 'github' else heading}\n\n{table}\n")
+    return "\n".join(parts)
+
+
+def _cells(name: str, lines: Sequence[Mapping[str, Any]], langs: Sequence[str]) -> list[str]:
+    ndcg, recall = lines
+    if "mean" not in ndcg:
+        return [name, *[""] * len(langs), SERVER, "", "", "", ""]
+    spread = f"{ndcg['low']:.3f} to {ndcg['high']:.3f}"
+    against = ["", ""]
+    if "difference" in ndcg:
+        star = "*" if ndcg["p_corrected"] < ALPHA else ""
+        against = [f"{ndcg['difference']:+.3f}{star}", f"{ndcg['p_corrected']:.3f}"]
+    by_lang = [f"{ndcg['languages'][lang]:.3f}" for lang in langs]
+    return [name, *by_lang, f"{ndcg['mean']:.3f}", spread, *against, f"{recall['mean']:.3f}"]
+
+
+if __name__ == "__main__":
+    cli.run(ablate, __doc__)
