@@ -85,6 +85,12 @@ def get_config():
     c.audit.rows = 20  # candidates a language in the sheet for people to judge; 0: none
 
     c.topics = ConfigDict()
+    c.topics.method = "kmeans"  # kmeans | embed | fasttext
+    c.topics.examples = ""  # embed: file of lines `label TAB text`, labels as in jdmdr/topic_table.py
+    c.topics.yahoo, c.topics.dbpedia = "", ""  # fasttext: the two classifiers, .bin or .ftz
+    c.topics.rule = "yahoo_first"  # fasttext: yahoo_first | confidence
+    c.topics.mapping = "paper"  # of DBpedia's labels: paper | fixed (ministers are politics, schools education ...)
+    c.topics.least_probability = 0.35  # embed, and fasttext by confidence: below it a passage is Others
     c.topics.clusters = 12  # of spherical k-means over the positives' embeddings
     c.topics.iterations = 50  # at most
     c.topics.scope = "dataset"  # dataset | language: over what one set of clusters is made

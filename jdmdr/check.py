@@ -16,6 +16,9 @@ from jdmdr.mine import CONCAT
 from jdmdr.objectives import OBJECTIVES
 from jdmdr.objectives.contrastive import MODES
 from jdmdr.planner import POLICIES
+from jdmdr.topic_table import MAPPINGS
+from jdmdr.topics import METHODS as METHODS_OF_TOPICS
+from jdmdr.topics import RULES
 from jdmdr.types import UserError
 from jdmdr.weights import TOPIC_SCOPES
 
@@ -25,6 +28,9 @@ CHOICES = {
     "mine.fusion": (*METHODS, CONCAT),
     "mine.index": SEARCHERS,
     "mine.pool": ("corpus", "positives"),
+    "topics.mapping": MAPPINGS,
+    "topics.method": METHODS_OF_TOPICS,
+    "topics.rule": RULES,
     "topics.scope": ("dataset", "language"),
     "weights.topic_scope": TOPIC_SCOPES,
     "weights.sign": (-1, 1),
@@ -65,7 +71,11 @@ def check_config(config: ConfigDict) -> None:
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
         _check_regexes(section, config[section])
-    for key in ("data.valid_share", *(f"{s}.{key}" for s in sections for key in ("cloze_share", "lora.dropout"))):
+    for key in (
+        "data.valid_share",
+        "topics.least_probability",
+        *(f"{s}.{key}" for s in sections for key in ("cloze_share", "lora.dropout")),
+    ):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):

@@ -127,7 +127,8 @@ class Recipe:
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
-            Stage("topics", self.label_topics, {**plain["topics"], **split}, ("corpus", "embeddings-warmup")),
+            Stage("topics", self.label_topics, {**plain["topics"], **split},
+                  ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
                   ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
             Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
@@ -238,7 +239,7 @@ class Recipe:
         return encoders.truncate(*model, kept) if kept else model
 
     def _run_training(
-        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topics: int,
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topic_names: Sequence[str],
         base: str | None,
     ):  # fmt: skip
         c = self.config
@@ -248,7 +249,14 @@ class Recipe:
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
             make_batch, shapes, sentence = sources.batch_maker(
-                found, section, c.weights, lengths, self.mesh.devices.size, c.seed, len(self.library.langs), topics
+                found,
+                section,
+                c.weights,
+                lengths,
+                self.mesh.devices.size,
+                c.seed,
+                len(self.library.langs),
+                len(topic_names),
             )
         progress.say(f"  {sentence}")
         validation = validate.make_validation(
@@ -259,7 +267,7 @@ class Recipe:
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base
         )
         if section.steps:
-            counts |= sources.shares(found[0], section, c.seed, self.library.langs)
+            counts |= sources.shares(found[0], section, c.seed, self.library.langs, topic_names)
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
@@ -276,7 +284,9 @@ class Recipe:
         if self.evaluates_alone:
             return {"steps": 0, "parameters_sha256": models.save(out_dir, encoder_config, params)}
         found = self._with_cloze(sources.pairs(self.training, self.stores), section)
-        return self._run_training(out_dir, section, encoder_config, params, found, 1, self.config.encoder.name or None)
+        return self._run_training(
+            out_dir, section, encoder_config, params, found, [""], self.config.encoder.name or None
+        )
 
     def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
         for lang, collection in progress.bar(self._languages(), "  indexing", "languages"):
@@ -388,8 +398,18 @@ class Recipe:
         return negatives.make(self.library, self.training, self.directory / "mine", self.config, out_dir)
 
     def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        embeddings = self.directory / "embeddings-warmup"
-        return topics.label(self.library, self.training, embeddings, self.config.topics, self.config.seed, out_dir)
+        def embed(texts: list[str]) -> np.ndarray:
+            encoder_config, params = self._model("warmup")
+            side = encode.Embedder(
+                encoders.build(encoder_config), self.mesh, self.config.encoder.passage_length, "passage"
+            )
+            tokenizer.write_tokens(self._tokenizer("passage"), texts, out_dir / "examples", "all")
+            return side.embed(params, TokenStore(out_dir / "examples", ["all"], self.vocab_size), np.arange(len(texts)))
+
+        c = self.config
+        return topics.label(
+            self.library, self.training, self.directory / "embeddings-warmup", embed, c.topics, c.seed, out_dir
+        )
 
     def train(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
@@ -401,7 +421,7 @@ class Recipe:
         )
         found = self._with_cloze(training_set, c.train)
         base = None if _trains(c.warmup) else c.encoder.name or None
-        return self._run_training(out_dir, c.train, encoder_config, params, found, c.topics.clusters, base)
+        return self._run_training(out_dir, c.train, encoder_config, params, found, topics.names(c.topics), base)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         systems = ("bm25", *([] if self.evaluates_alone else ["warmup"]), self.config.name)

@@ -161,7 +161,9 @@ def batch_maker(
     return make, sum(len(shapes.profiles) for _, _, shapes, _ in planned), sentence
 
 
-def shares(source: Source, section: Any, seed: int, langs: Sequence[str]) -> dict[str, dict[str, list[float]]]:
+def shares(
+    source: Source, section: Any, seed: int, langs: Sequence[str], topic_names: Sequence[str]
+) -> dict[str, dict[str, list[float]]]:
     """{"language_shares" | "topic_shares": {label: [share the policy aims at, share in the batches planned]}} of a source's
     queries.
 
@@ -171,7 +173,7 @@ def shares(source: Source, section: Any, seed: int, langs: Sequence[str]) -> dic
     planner = Planner(*labels, section.batch_size, seed, section.policy, section.lang_temp)
     steps = min(max(1, round(section.steps * source.share)), 2000)
     expected, realised = planner.expected_shares(), planner.realised_shares(0, steps)
-    named = {"language_shares": (langs, 0), "topic_shares": ([str(c) for c in range(len(expected.topic_C))], 1)}
+    named = {"language_shares": (langs, 0), "topic_shares": (topic_names, 1)}
     return {
         key: {
             label: [round(float(wanted), 4), round(float(had), 4)]
