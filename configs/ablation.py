@@ -41,10 +41,11 @@ ROWS = (
 def get_config(arg=""):
     c = quickstart.get_config(arg)
     with c.unlocked():
-        c.mine.pool = "corpus"
+        c.encoder.width = 64 if arg else 512
+        c.mine.pool, c.mine.depth = "corpus", 40 if arg else 60
         c.train.keep = "last"
         c.train.cloze_share = 0.0
-        c.train.epochs = 2.0
+        c.train.epochs = 1.0
         c.train.learning_rate, c.train.learning_rates = 2e-4, (("^weight$", 5e-3),)
         c.ablation = {"rows": ROWS, "seeds": (0, 1, 2), "reference": "full recipe (PercPos 95 %)"}
         if arg:

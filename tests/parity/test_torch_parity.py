@@ -1,5 +1,6 @@
 """Exports loaded by sentence-transformers in an environment of its own, which has torch."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -51,19 +52,31 @@ def random_static(tokenizer_dir):
     return config, {**params, "weight": jax.random.normal(jax.random.key(1), (size,))}
 
 
-def embed(config, params, tokenizer_dir, texts, max_length):
+def with_head_and_towers(config, params):
+    """The same with a linear head, and towers that differ."""
+    config, params = encoders.add_head(jax.random.key(5), config, params, 7, bias=True)
+    config, params = dataclasses.replace(config, towers="untied"), encoders.untie(params)
+    moved = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params["query"])
+    return config, {**params, "query": moved}
+
+
+def embed(config, params, tokenizer_dir, texts, max_length, side):
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(pad_id=config.pad_token_id)
     encoded = tokenizer.encode_batch(texts)
     tokens = Tokens(*(np.array([getattr(e, key) for e in encoded], np.int32) for key in ("ids", "attention_mask")))
-    return np.asarray(encoders.build(config).apply(params, tokens))
+    encoder = encoders.build(config)
+    return np.asarray(encoder.apply(encoder.tower(params, side), tokens))
 
 
 def test_sentence_transformers_gives_our_embeddings(tmp_path):
     expected, directories = {}, []
     systems = {family: (*random_transformer(family), GOLDENS / family, 20) for family in POOLINGS}
     systems["static"] = (*random_static(tmp_path / "unigram"), tmp_path / "unigram", 1000)
+    for name in ("bert", "static"):
+        config, params, tokenizer_dir, max_length = systems[name]
+        systems[f"{name}-untied"] = (*with_head_and_towers(config, params), tokenizer_dir, max_length)
     texts = [*TEXTS, LONG]  # the long one is cut by a transformer and read whole by a static embedding
     for name, (config, params, tokenizer_dir, max_length) in systems.items():
         similarity = "cosine" if config.normalize else "dot"
@@ -74,7 +87,9 @@ def test_sentence_transformers_gives_our_embeddings(tmp_path):
         )  # fmt: skip
         expected[f"{name}/similarity"] = similarity
         for side, prompt in PROMPTS.items():
-            expected[f"{name}/{side}"] = embed(config, params, tokenizer_dir, [prompt + t for t in texts], max_length)
+            expected[f"{name}/{side}"] = embed(
+                config, params, tokenizer_dir, [prompt + t for t in texts], max_length, side
+            )
 
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     out = tmp_path / "out.npz"
