@@ -147,7 +147,7 @@ def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.
     offsets = [np.zeros(1, np.int64)]
     total = 0
     with atomic(directory / f"{lang}.ids.bin") as path, open(path, "wb") as handle:
-        for block in _blocks(texts):
+        for block in blocks(texts):
             encoded = tokenizer.encode(block)
             np.concatenate([*encoded, np.empty(0, np.int32)]).astype(width).tofile(handle)
             ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
@@ -157,7 +157,8 @@ def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.
         np.save(handle, np.concatenate(offsets))
 
 
-def _blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
+    """The texts in lists of `BATCH`, the last one shorter."""
     block: list[str] = []
     for text in texts:
         block.append(text)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,11 @@ import numpy as np
 from jdmdr import encode, hashing, reading
 from jdmdr.kmeans import assign, spherical_kmeans
 from jdmdr.library import Library, TrainingQuery
+from jdmdr.tokenizer import blocks
 from jdmdr.topic_table import CODES, DBPEDIA, OTHERS, YAHOO, classifier_ids, id_of, topic_ids
 from jdmdr.types import UserError
 
 RULES = ("yahoo_first", "confidence")
-BATCH = 1024  # texts that fastText labels at a time
 
 Embed = Callable[[list[str]], np.ndarray]  # passages' texts -> NxD
 
@@ -165,9 +165,7 @@ def fasttext(library, training, langs, embeddings, embed, config, seed, out_dir)
             np.where(y_B != OTHERS, y_B, d_B)
             if config.rule == "yahoo_first"
             else np.where(np.maximum(p_B, r_B) < config.least_probability, OTHERS, np.where(p_B >= r_B, y_B, d_B))
-            for (y_B, p_B), (d_B, r_B) in (
-                (_predict(*yahoo, part), _predict(*dbpedia, part)) for part in _batches(texts)
-            )
+            for (y_B, p_B), (d_B, r_B) in ((_predict(*yahoo, part), _predict(*dbpedia, part)) for part in blocks(texts))
         ]
         yield i, np.concatenate(topics)
 
@@ -197,17 +195,6 @@ def _predict(model: Any, ids: dict[str, int], path: str, texts: list[str]) -> tu
 
 def _one_line(text: str) -> str:
     return " ".join(text.replace('"', "").splitlines()).strip()
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    block: list[str] = []
-    for text in texts:
-        block.append(text)
-        if len(block) == BATCH:
-            yield block
-            block = []
-    if block:
-        yield block
 
 
 METHODS = {"kmeans": kmeans, "embed": from_examples, "fasttext": fasttext}
