@@ -1,4 +1,7 @@
-"""A recipe bound to a working directory: its stages, what each reads and writes, and which settings it depends on."""
+"""A recipe bound to a working directory: its stages, what each reads and writes, and which settings it depends on.
+
+What several stages read stands in `workspace.py`.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import itertools
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,7 +20,6 @@ from ml_collections import ConfigDict
 
 from jdmdr import (
     corpus,
-    datasets,
     encode,
     encoders,
     evaluate,
@@ -26,7 +28,6 @@ from jdmdr import (
     models,
     negatives,
     objectives,
-    parallel,
     progress,
     report,
     retrievers,
@@ -41,60 +42,21 @@ from jdmdr import (
 from jdmdr.check import check_config
 from jdmdr.encoders import pretrained
 from jdmdr.index.bm25 import Bm25Searcher
-from jdmdr.library import TRAIN, Library
-from jdmdr.splits import OWN, POOLED
+from jdmdr.library import TRAIN
+from jdmdr.splits import POOLED
 from jdmdr.tokenizer import Tokenizer, TokenStore
 from jdmdr.train import VOLATILE
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
+from jdmdr.workspace import Workspace, trains
 
 # the stages of an evaluation without training
 ALONE = ("corpus", "tokenizer", "tokens", "warmup", "bm25", "bm25-pool", "embeddings-warmup", "evaluate")
 PARITY_TEXTS = 32  # passages that the export is checked on
 
 
-class Recipe:
-    """A config bound to a working directory: its stages and what they share."""
-
-    def __init__(self, config: ConfigDict, directory: pathlib.Path):
-        self.config, self.directory = config, directory
-
-    # --- what the stages share -----------------------------------------------------------------------------------
-
-    @functools.cached_property
-    def files(self) -> dict[str, Any]:
-        return datasets.discover(pathlib.Path(self.config.data.root), self.config.data.langs)
-
-    @functools.cached_property
-    def splits(self) -> list[splits.Split]:
-        return splits.resolve(self.config.data.splits, self.files)
-
-    @functools.cached_property
-    def library(self):
-        return Library(self.directory / "corpus")
-
-    @functools.cached_property
-    def training(self):
-        queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
-        if not any(not q.held_out for q in queries) and not self.evaluates_alone:
-            raise UserError(
-                f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
-                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv; to evaluate an encoder as it "
-                "is, set warmup.epochs and train.epochs to 0 and run jdmdr.evaluate"
-            )
-        return queries
-
-    @functools.cached_property
-    def evaluates_alone(self) -> bool:
-        """Whether nothing trains and there is nothing to train on: the encoder is evaluated as it is loaded."""
-        asked = any(files.train or TRAIN in {*files.topics, *files.qrels} for files in self.files.values())
-        return not asked and not _trains(self.config.warmup) and not _trains(self.config.train)
-
-    @functools.cached_property
-    def mesh(self):
-        return parallel.data_mesh()
-
-    # --- stages --------------------------------------------------------------------------------------------------
+class Recipe(Workspace):
+    """A config bound to a working directory: its stages, and the work of each."""
 
     def stages(self) -> list[Stage]:
         """All stages in order. Settings hold the config keys that a stage depends on; files are known by their bytes."""
@@ -106,7 +68,7 @@ class Recipe:
         stored = {k: v for k, v in plain["encode"].items() if k != "dimensions"}  # a cut of the trained encoder alone
         ensemble = retrievers.parse(c.mine.retrievers)
         raw = [p for f in self.files.values() for p in f.paths()]
-        cloze = {s: ("cloze",) if _trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        cloze = {s: ("cloze",) if trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
         pooled = any(s.corpus in POOLED for s in self.splits)
         needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
         needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
@@ -179,35 +141,9 @@ class Recipe:
             )
         return {"vocab_size": made.vocab_size}
 
-    def _languages(self) -> list[tuple[str, corpus.Collection]]:
-        return list(zip(self.library.langs, self.library.collections, strict=True))
-
-    def _texts(self, collection: corpus.Collection) -> Iterator[str]:
-        return (corpus.passage_text(collection.passage(row)) for row in range(len(collection)))
-
-    def _tokenizer(self, side: str):
-        encoder = self.config.encoder
-        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
-
     def tokenize(self, out_dir: pathlib.Path) -> dict[str, Any]:
         self._tokenize(self._tokenizer, self.library.langs, self.library.topics(), out_dir)
         return {}
-
-    def _tokenize(
-        self,
-        tokenizer_of: Callable[[str], Tokenizer],
-        langs: Sequence[str],
-        topics: Sequence[str],
-        out_dir: pathlib.Path,
-    ) -> None:
-        """The passages and queries of some languages as token stores; `tokenizer_of` is asked for a side."""
-        for lang in progress.bar(langs, "  tokenising", "languages"):
-            collection = self.library.collections[self.library.langs.index(lang)]
-            work = {"passages": ("passage", self._texts(collection))}
-            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in topics}
-            for name, (side, texts) in work.items():
-                if not tokenizer.has_tokens(out_dir / name, lang):
-                    tokenizer.write_tokens(tokenizer_of(side), texts, out_dir / name, lang)
 
     def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
@@ -216,27 +152,6 @@ class Recipe:
             lang: sources.write_cloze(self.library, index, c.data.cloze_per_lang, c.seed, out_dir, *tokenizers)
             for index, lang in enumerate(self.library.langs)
         }
-
-    @functools.cached_property
-    def vocab_size(self) -> int:
-        return workdir.counts_of(self.directory, "tokenizer")["vocab_size"]
-
-    @functools.cached_property
-    def stores(self):
-        return sources.open_stores(self.directory / "tokens", self.library, self.vocab_size)
-
-    def _first_encoder(self):
-        """The encoder and its parameters before any training."""
-        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed)
-
-    def _model(self, stage: str):
-        """The encoder and the parameters that a training stage ended with."""
-        return models.load(self.directory / stage)
-
-    def _final_model(self):
-        """The trained encoder as it is evaluated and exported: with the dimensions that `encode.dimensions` keeps."""
-        model, kept = self._model("train"), self.config.encode.dimensions
-        return encoders.truncate(*model, kept) if kept else model
 
     def _run_training(
         self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topic_names: Sequence[str],
@@ -273,7 +188,7 @@ class Recipe:
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
         """The section's sources: its training set, and inverse-cloze pairs where it wants them."""
         found = [sources.Source(training_set, 1 - section.cloze_share, section.passages_per_query)]
-        if _trains(section) and section.cloze_share > 0:
+        if trains(section) and section.cloze_share > 0:
             pairs = sources.cloze(self.directory / "cloze", self.library, self.vocab_size)
             found.append(sources.Source(pairs, section.cloze_share, 1))
         return found
@@ -304,27 +219,6 @@ class Recipe:
             self.library.topics(), out_dir,
         )  # fmt: skip
 
-    def _embed(
-        self, model: tuple[encoders.EncoderConfig, Any], section: ConfigDict, tokens: pathlib.Path, vocab_size: int,
-        langs: Sequence[str], topics: Sequence[str], out_dir: pathlib.Path,
-    ) -> dict[str, Any]:  # fmt: skip
-        c = self.config.encode
-        encoder_config, params = model
-        encoder = encoders.build(encoder_config)
-        sides = {"passages": "passage"} | {f"queries.{split}": "query" for split in topics}
-        stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in sides}
-        bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
-        embedders = {
-            side: encode.Embedder(encoder, self.mesh, section[f"{side}_length"], side) for side in encoders.SIDES
-        }
-        for name, store in stores.items():
-            for index, lang in enumerate(langs):
-                first, stop = store.bases[index : index + 2]
-                encode.encode_rows(embedders[sides[name]], params, store, int(first), int(stop - first), out_dir / lang,
-                                   name, c.shard_rows, c.dtype, bar)  # fmt: skip
-        bar.close()
-        return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
-
     # An encoder of the ensemble has a tokenizer, prompts and lengths of its own, and sees the training queries alone.
 
     def _encoder_stages(self, spec: retrievers.Spec) -> list[Stage]:
@@ -337,9 +231,6 @@ class Recipe:
             Stage(tokens, functools.partial(self.tokenize_for, spec), source, ("corpus",)),
             Stage(f"embeddings-{spec.name}", functools.partial(self.embed_with, spec), stored, (tokens,)),
         ]
-
-    def _mined_langs(self) -> list[str]:
-        return [lang for lang in self.library.langs if self.library.queries(lang, TRAIN)[0]]
 
     def tokenize_for(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
         section = retrievers.encoder_section(spec, self.config.encoder)
@@ -358,18 +249,6 @@ class Recipe:
         model = models.start(section, vocab_size, TokenStore(tokens / "passages", langs, vocab_size), self.config.seed)
         return self._embed(model, section, tokens, vocab_size, langs, [TRAIN], out_dir)
 
-    def _retriever(self, system: str, lang: str, topics: str, corpus: str = OWN):
-        """Ranks `corpus` (jdmdr/splits.py) for the queries `topics` of a language."""
-        searched = splits.members(self.library, lang, corpus)
-        if system == retrievers.BM25:
-            home = self.directory / ("bm25-pool" if corpus in POOLED else f"bm25/{searched[0]}")
-            return retrievers.bm25(home, self.library.queries(lang, topics)[1])
-        embeddings = self.directory / (
-            "embeddings" if system == self.config.name and not self.evaluates_alone else "embeddings-warmup"
-        )
-        vectors = retrievers.stored(embeddings / lang, topics, [embeddings / member for member in searched])
-        return retrievers.dense(vectors, "exact", "Flat", self.mesh)
-
     def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config.mine
         search = functools.partial(retrievers.dense, index=c.index, factory=c.factory, mesh=self.mesh)
@@ -379,20 +258,6 @@ class Recipe:
             return {spec.name: self._member(spec, lang, search) for spec in retrievers.parse(c.retrievers)}
 
         return mine.mine(self.library, self.training, open_ensemble, c, out_dir, search)
-
-    def _member(self, spec: retrievers.Spec, lang: str, search: Callable) -> retrievers.Retriever:
-        """A retriever of the ensemble over the training queries of a language."""
-        qids, texts = self.library.queries(lang, TRAIN)
-        collection = self.library.collections[self.library.langs.index(lang)]
-        match spec.kind:
-            case retrievers.BM25:
-                return retrievers.bm25(self.directory / "bm25" / lang, texts)
-            case retrievers.RUN:
-                return retrievers.external_run(retrievers.run_path(spec, lang), qids, collection)
-            case retrievers.VECTORS:
-                return search(retrievers.external_vectors(pathlib.Path(spec.source), lang, qids, collection))
-        embeddings = self.directory / f"embeddings-{spec.name}" / lang
-        return search(retrievers.stored(embeddings, TRAIN, [embeddings]))
 
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
         return negatives.make(self.library, self.training, self.directory / "mine", self.config, out_dir)
@@ -420,7 +285,7 @@ class Recipe:
             self.training, self.stores, self.library, version, labels, c.weights.inherit
         )
         found = self._with_cloze(training_set, c.train)
-        base = None if _trains(c.warmup) else c.encoder.name or None
+        base = None if trains(c.warmup) else c.encoder.name or None
         return self._run_training(out_dir, c.train, encoder_config, params, found, topics.names(c.topics), base)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
@@ -458,10 +323,6 @@ class Recipe:
 
     def report(self, out_dir: pathlib.Path) -> dict[str, Any]:
         return report.write(self, out_dir)
-
-
-def _trains(section: ConfigDict) -> bool:
-    return bool(section.epochs if section.steps is None else section.steps)
 
 
 def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:

@@ -124,7 +124,7 @@ def test_second_run_does_nothing_and_is_much_faster(root, undisturbed):
 def test_stage_brings_up_what_it_needs_and_no_more(root, undisturbed):
     code, _, err = run(root, undisturbed[0], module="jdmdr.mine")
     assert code == 0
-    needed = pipeline._needed({s.name: s for s in Recipe(*_recipe(root, undisturbed[0])).stages()}, "mine")
+    needed = pipeline.needed({s.name: s for s in Recipe(*_recipe(root, undisturbed[0])).stages()}, "mine")
     assert err.splitlines() == [f"{stage}: up to date" for stage in needed]
     assert "mine" in needed and not {"train", "evaluate", "topics"} & set(needed)
 

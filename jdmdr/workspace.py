@@ -1,0 +1,171 @@
+"""A config and its working directory, and what several stages read there: data, tokens, models, embeddings, retrievers."""
+
+from __future__ import annotations
+
+import functools
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from jdmdr import (
+    corpus,
+    datasets,
+    encode,
+    encoders,
+    models,
+    parallel,
+    progress,
+    retrievers,
+    sources,
+    splits,
+    tokenizer,
+    workdir,
+)
+from jdmdr.library import TRAIN, Library
+from jdmdr.splits import OWN, POOLED
+from jdmdr.tokenizer import Tokenizer, TokenStore
+from jdmdr.types import UserError
+
+
+class Workspace:
+    """A config bound to a working directory. Everything is read when it is first asked for."""
+
+    def __init__(self, config: ConfigDict, directory: pathlib.Path):
+        self.config, self.directory = config, directory
+
+    @functools.cached_property
+    def files(self) -> dict[str, Any]:
+        return datasets.discover(pathlib.Path(self.config.data.root), self.config.data.langs)
+
+    @functools.cached_property
+    def splits(self) -> list[splits.Split]:
+        return splits.resolve(self.config.data.splits, self.files)
+
+    @functools.cached_property
+    def library(self):
+        return Library(self.directory / "corpus")
+
+    @functools.cached_property
+    def training(self):
+        queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
+        if not any(not q.held_out for q in queries) and not self.evaluates_alone:
+            raise UserError(
+                f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
+                "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv; to evaluate an encoder as it "
+                "is, set warmup.epochs and train.epochs to 0 and run jdmdr.evaluate"
+            )
+        return queries
+
+    @functools.cached_property
+    def evaluates_alone(self) -> bool:
+        """Whether nothing trains and there is nothing to train on: the encoder is evaluated as it is loaded."""
+        asked = any(files.train or TRAIN in {*files.topics, *files.qrels} for files in self.files.values())
+        return not asked and not trains(self.config.warmup) and not trains(self.config.train)
+
+    @functools.cached_property
+    def mesh(self):
+        return parallel.data_mesh()
+
+    def _languages(self) -> list[tuple[str, corpus.Collection]]:
+        return list(zip(self.library.langs, self.library.collections, strict=True))
+
+    def _texts(self, collection: corpus.Collection) -> Iterator[str]:
+        return (corpus.passage_text(collection.passage(row)) for row in range(len(collection)))
+
+    def _tokenizer(self, side: str):
+        encoder = self.config.encoder
+        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
+
+    def _tokenize(
+        self,
+        tokenizer_of: Callable[[str], Tokenizer],
+        langs: Sequence[str],
+        topics: Sequence[str],
+        out_dir: pathlib.Path,
+    ) -> None:
+        """The passages and queries of some languages as token stores; `tokenizer_of` is asked for a side."""
+        for lang in progress.bar(langs, "  tokenising", "languages"):
+            collection = self.library.collections[self.library.langs.index(lang)]
+            work = {"passages": ("passage", self._texts(collection))}
+            work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in topics}
+            for name, (side, texts) in work.items():
+                if not tokenizer.has_tokens(out_dir / name, lang):
+                    tokenizer.write_tokens(tokenizer_of(side), texts, out_dir / name, lang)
+
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        return workdir.counts_of(self.directory, "tokenizer")["vocab_size"]
+
+    @functools.cached_property
+    def stores(self):
+        return sources.open_stores(self.directory / "tokens", self.library, self.vocab_size)
+
+    def _first_encoder(self):
+        """The encoder and its parameters before any training."""
+        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed)
+
+    def _model(self, stage: str):
+        """The encoder and the parameters that a training stage ended with."""
+        return models.load(self.directory / stage)
+
+    def _final_model(self):
+        """The trained encoder as it is evaluated and exported: with the dimensions that `encode.dimensions` keeps."""
+        model, kept = self._model("train"), self.config.encode.dimensions
+        return encoders.truncate(*model, kept) if kept else model
+
+    def _embed(
+        self, model: tuple[encoders.EncoderConfig, Any], section: ConfigDict, tokens: pathlib.Path, vocab_size: int,
+        langs: Sequence[str], topics: Sequence[str], out_dir: pathlib.Path,
+    ) -> dict[str, Any]:  # fmt: skip
+        c = self.config.encode
+        encoder_config, params = model
+        encoder = encoders.build(encoder_config)
+        sides = {"passages": "passage"} | {f"queries.{split}": "query" for split in topics}
+        stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in sides}
+        bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
+        embedders = {
+            side: encode.Embedder(encoder, self.mesh, section[f"{side}_length"], side) for side in encoders.SIDES
+        }
+        for name, store in stores.items():
+            for index, lang in enumerate(langs):
+                first, stop = store.bases[index : index + 2]
+                encode.encode_rows(embedders[sides[name]], params, store, int(first), int(stop - first), out_dir / lang,
+                                   name, c.shard_rows, c.dtype, bar)  # fmt: skip
+        bar.close()
+        return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
+
+    def _mined_langs(self) -> list[str]:
+        return [lang for lang in self.library.langs if self.library.queries(lang, TRAIN)[0]]
+
+    def _retriever(self, system: str, lang: str, topics: str, corpus: str = OWN):
+        """Ranks `corpus` (jdmdr/splits.py) for the queries `topics` of a language."""
+        searched = splits.members(self.library, lang, corpus)
+        if system == retrievers.BM25:
+            home = self.directory / ("bm25-pool" if corpus in POOLED else f"bm25/{searched[0]}")
+            return retrievers.bm25(home, self.library.queries(lang, topics)[1])
+        embeddings = self.directory / (
+            "embeddings" if system == self.config.name and not self.evaluates_alone else "embeddings-warmup"
+        )
+        vectors = retrievers.stored(embeddings / lang, topics, [embeddings / member for member in searched])
+        return retrievers.dense(vectors, "exact", "Flat", self.mesh)
+
+    def _member(self, spec: retrievers.Spec, lang: str, search: Callable) -> retrievers.Retriever:
+        """A retriever of the ensemble over the training queries of a language."""
+        qids, texts = self.library.queries(lang, TRAIN)
+        collection = self.library.collections[self.library.langs.index(lang)]
+        match spec.kind:
+            case retrievers.BM25:
+                return retrievers.bm25(self.directory / "bm25" / lang, texts)
+            case retrievers.RUN:
+                return retrievers.external_run(retrievers.run_path(spec, lang), qids, collection)
+            case retrievers.VECTORS:
+                return search(retrievers.external_vectors(pathlib.Path(spec.source), lang, qids, collection))
+        embeddings = self.directory / f"embeddings-{spec.name}" / lang
+        return search(retrievers.stored(embeddings, TRAIN, [embeddings]))
+
+
+def trains(section: ConfigDict) -> bool:
+    """Whether a training section asks for any step."""
+    return bool(section.epochs if section.steps is None else section.steps)
