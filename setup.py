@@ -48,9 +48,9 @@ setup(
     extras_require={
         "cuda": ["jax[cuda12]", "faiss-gpu-cu12"],
         "tpu": ["jax[tpu]"],
-        "data": ["tensorflow-datasets"],
+        "data": ["importlib-resources", "tensorflow-datasets"],  # the second imports the first without asking for it
         "llm": ["openai"],
         "fasttext": ["fasttext-wheel"],
-        "test": ["hypothesis", "pytest", "ruff", "selenium", "tensorflow-datasets"],
+        "test": ["hypothesis", "importlib-resources", "pytest", "ruff", "selenium", "tensorflow-datasets"],
     },
 )
