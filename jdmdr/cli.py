@@ -50,7 +50,7 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
     Exit codes: 0 done; 2 a mistake of the user's, told in one sentence; 130 Ctrl-C; 143 SIGTERM. After either of the last
     two the same command goes on where it was.
     """
-    _restart_with_malloc_settings()
+    restart_with_malloc_settings()
     signal.signal(signal.SIGTERM, _terminate)
     try:
         values = _flags()
@@ -132,7 +132,7 @@ def _terminate(signum, frame):
     raise Terminated
 
 
-def _restart_with_malloc_settings() -> None:
+def restart_with_malloc_settings() -> None:
     if sys.platform == "linux" and not MALLOC.keys() & os.environ.keys():
         os.execve(sys.executable, sys.orig_argv, {**os.environ, **MALLOC})
 
