@@ -124,6 +124,7 @@ def measure(a: Any) -> dict[str, Any]:
 
     asking = material.spread(recipe.training, a.passages)
     passages = np.unique(np.concatenate([q.positives for q in asking]))[: a.passages]
+    asking = [q for q in asking if np.isin(q.positives, passages).any()]
     texts, questions = material.passage_texts(recipe.library, passages), [q.text for q in asking]
 
     job = {
@@ -292,6 +293,6 @@ if __name__ == "__main__":
     arguments = command.parser(__doc__, "runs/bench")
     arguments.add_argument("--length", type=int, default=256, help="tokens of a text at most (%(default)s)")
     arguments.add_argument("--passages", type=int, default=128, help="encoded a round (%(default)s)")
-    arguments.add_argument("--rounds", type=int, default=4, help="counted (%(default)s)")
-    arguments.add_argument("--steps", type=int, default=6, help="training steps a round (%(default)s)")
+    arguments.add_argument("--rounds", type=int, default=3, help="counted (%(default)s)")
+    arguments.add_argument("--steps", type=int, default=5, help="training steps a round (%(default)s)")
     command.run(main, arguments)
