@@ -4,33 +4,9 @@ import sys
 
 import pytest
 
-from tests.conftest import REPO, SHARED
+from tests.conftest import REPO
 
 pytest.importorskip("tensorflow_datasets")
-
-# dmdr: train queries, train judgments, dev queries, dev judgments (Zhang et al., TACL 2023, table 2; de and yo have no train)
-SIZES = {
-    "ar": (3495, 25382, 2896, 29197), "bn": (1631, 16754, 411, 4206), "en": (2863, 29416, 799, 8350),
-    "es": (2162, 21531, 648, 6443), "fa": (2107, 21844, 632, 6571), "fi": (2897, 20350, 1271, 12008),
-    "fr": (1143, 11426, 343, 3429), "hi": (1169, 11668, 350, 3494), "id": (4071, 41358, 960, 9668),
-    "ja": (3477, 34387, 860, 8354), "ko": (868, 12767, 213, 3057), "ru": (4683, 33921, 1252, 13100),
-    "sw": (1901, 9359, 482, 5092), "te": (3452, 18608, 828, 1606), "th": (2972, 21293, 733, 7573),
-    "zh": (1312, 13113, 393, 3928), "de": (0, 0, 305, 3144), "yo": (0, 0, 119, 1188),
-}  # fmt: skip
-
-
-@pytest.mark.skipif(not (SHARED / "miracl-dev").is_dir(), reason="MIRACL's topics and qrels are not at hand")
-def test_miracls_published_sizes_are_those_of_its_files():
-    from jdmdr import datasets, reading
-
-    files = datasets.find(SHARED / "miracl-dev")
-    assert set(files) == set(SIZES)
-    for lang, (*train, dev_queries, dev_judgments) in SIZES.items():
-        for split, sizes in (("train", tuple(train)), ("dev", (dev_queries, dev_judgments))):
-            topics, qrels = files[lang].topics.get(split), files[lang].qrels.get(split)
-            judged = reading.qrels(qrels)[0] if qrels else {}
-            found = len(reading.topics(topics)) if topics else 0, sum(map(len, judged.values()))
-            assert found == sizes, (lang, split)
 
 
 def test_a_prepared_language_is_read_by_grain_without_tensorflow(data_root, tmp_path):
@@ -70,3 +46,15 @@ print(json.dumps(rows))
 def test_mistakes_are_told_in_a_sentence(command, arguments, message):
     done = command("jdmdr.datasets.miracl_tfds", *arguments)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_command_prepares_a_language_and_tells_what_cannot_be_used(command, data_root, tmp_path):
+    arguments = (f"--data_dir={tmp_path}", f"--root={data_root}")
+    done = command("jdmdr.datasets.miracl_tfds", *arguments, "--langs=sw")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == str(tmp_path / "miracl" / "sw" / "1.0.0")
+    path = data_root / "corpus" / "en.jsonl"
+    path.write_text(path.read_text() + path.read_text().partition("\n")[0])
+    done = command("jdmdr.datasets.miracl_tfds", *arguments, "--langs=en")
+    assert done.returncode == 2 and "line 25: the docid '0#0' was used before" in done.stderr
+    assert "Traceback" not in done.stderr and not (tmp_path / "miracl" / "en" / "1.0.0").exists()

@@ -3,8 +3,8 @@
     python -m jdmdr.datasets.miracl_tfds --data_dir DIR --langs sw,te              # fetched from the Hugging Face hub
     python -m jdmdr.datasets.miracl_tfds --data_dir DIR --root ROOT                # from a data root (docs/data.md)
 
-Each language is a config with the split `corpus` (docid, title, text) and, for each split that has topics and qrels, one of
-its name (query_id, query, positives, negatives: docids judged relevant and not relevant).
+Each language is a config with the split `corpus` (id, title, text) and, for each split that has topics and qrels, one of
+its name (id, text, positives, negatives: docids judged relevant and not relevant).
 
 Source: Zhang et al., "MIRACL: A Multilingual Retrieval Dataset Covering 18 Diverse Languages" (TACL 2023).
 """
@@ -21,6 +21,7 @@ from absl import flags
 from jdmdr import cli, reading
 from jdmdr.corpus import TRAIN, add_train_rows, split_queries
 from jdmdr.datasets import LanguageFiles, discover
+from jdmdr.datasets.audit import audit
 from jdmdr.types import UserError
 
 LANGS = ("ar", "bn", "de", "en", "es", "fa", "fi", "fr", "hi", "id", "ja", "ko", "ru", "sw", "te", "th", "yo", "zh")
@@ -54,6 +55,7 @@ class Miracl(tfds.core.GeneratorBasedBuilder):
     """One language of MIRACL, or of any data root in a layout of docs/data.md."""
 
     VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = pathlib.Path(__file__).parent  # tfds cannot find it where this module is the command
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=lang) for lang in LANGS]
 
     def __init__(self, *, files: LanguageFiles | None = None, **settings: Any):
@@ -124,7 +126,14 @@ def prepare(data_dir: pathlib.Path, root: pathlib.Path | None, langs: str) -> li
     for lang, files in discover(root, langs).items():
         config = lang if lang in LANGS else tfds.core.BuilderConfig(name=lang)
         builder = Miracl(files=files, config=config, data_dir=str(data_dir))
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except UserError:
+            raise
+        except Exception:  # a repeated id, which tfds can tell with TensorFlow only
+            for sentences in audit({lang: files}).errors.values():
+                raise UserError(sentences[0]) from None
+            raise
         made.append(pathlib.Path(builder.data_dir))
     return made
 
