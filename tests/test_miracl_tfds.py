@@ -1,12 +1,13 @@
 import json
+import shutil
 import subprocess
 import sys
 
 import pytest
 
-from tests.conftest import REPO
+from tests.conftest import REPO, TINYPEDIA
 
-pytest.importorskip("tensorflow_datasets")
+tfds = pytest.importorskip("tensorflow_datasets")
 
 
 def test_a_prepared_language_is_read_by_grain_without_tensorflow(data_root, tmp_path):
@@ -41,10 +42,13 @@ print(json.dumps(rows))
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [((), "write python -m jdmdr.datasets.miracl_tfds --data_dir DIR"), (("--data_dir=D", "--langs=xx"), "--langs has 'xx'"),
+     (("--data_dir=D", "--langs=yo"), "miracl/miracl cannot be fetched from the Hugging Face hub"),
+     ((f"--data_dir={__file__}", f"--root={TINYPEDIA}"), "File exists; name a directory that can be written"),
      (("--data_dir=D", "--root=/no/such"), "is not a directory")],
 )  # fmt: skip
-def test_mistakes_are_told_in_a_sentence(command, arguments, message):
-    done = command("jdmdr.datasets.miracl_tfds", *arguments)
+def test_mistakes_and_a_missing_network_are_told_in_a_sentence(command, tmp_path, arguments, message):
+    arguments = [word.replace("=D", f"={tmp_path}") for word in arguments]
+    done = command("jdmdr.datasets.miracl_tfds", *arguments, env={"HF_HUB_OFFLINE": "1"})
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
 
 
@@ -53,8 +57,34 @@ def test_the_command_prepares_a_language_and_tells_what_cannot_be_used(command, 
     done = command("jdmdr.datasets.miracl_tfds", *arguments, "--langs=sw")
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1] == str(tmp_path / "miracl" / "sw" / "1.0.0")
+    again = command("jdmdr.datasets.miracl_tfds", *arguments, "--langs=sw")
+    assert again.returncode == 0 and again.stderr.count("sw/1.0.0 is there already and left alone") == 1
     path = data_root / "corpus" / "en.jsonl"
     path.write_text(path.read_text() + path.read_text().partition("\n")[0])
     done = command("jdmdr.datasets.miracl_tfds", *arguments, "--langs=en")
     assert done.returncode == 2 and "line 25: the docid '0#0' was used before" in done.stderr
     assert "Traceback" not in done.stderr and not (tmp_path / "miracl" / "en" / "1.0.0").exists()
+
+
+def test_what_the_hub_gives_of_miracl_is_read(monkeypatch, tmp_path):
+    """The hub is not asked: its two data sets are laid out here under their published names."""
+    from jdmdr.datasets import miracl_tfds
+
+    asked = []
+
+    def snapshot_download(repository, *, repo_type, local_dir, allow_patterns):
+        asked.append((repository, repo_type, allow_patterns))
+        for path, source in {
+            "miracl/miracl-v1.0-sw/topics/topics.miracl-v1.0-sw-dev.tsv": "topics/sw.dev.tsv",
+            "miracl/miracl-v1.0-sw/qrels/qrels.miracl-v1.0-sw-dev.tsv": "qrels/sw.dev.tsv",
+            "miracl-corpus/miracl-corpus-v1.0-sw/docs-0.jsonl": "corpus/sw.jsonl",
+        }.items():
+            if path.startswith(f"{local_dir.name}/"):
+                (local_dir.parent / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(TINYPEDIA / source, local_dir.parent / path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    (made,) = miracl_tfds.prepare(tmp_path, None, "sw")
+    assert asked == [(f"miracl/{name}", "dataset", ["miracl*-v1.0-sw/*"]) for name in ("miracl", "miracl-corpus")]
+    splits = tfds.builder_from_directory(str(made)).info.splits
+    assert {name: split.num_examples for name, split in splits.items()} == {"corpus": 240, "dev": 384}

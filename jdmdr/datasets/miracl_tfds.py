@@ -12,13 +12,14 @@ Source: Zhang et al., "MIRACL: A Multilingual Retrieval Dataset Covering 18 Dive
 from __future__ import annotations
 
 import pathlib
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import flags
+from absl import flags, logging
 
-from jdmdr import cli, reading
+from jdmdr import cli, progress, reading
 from jdmdr.corpus import TRAIN, add_train_rows, split_queries
 from jdmdr.datasets import LanguageFiles, discover
 from jdmdr.datasets.audit import audit
@@ -113,7 +114,14 @@ def _queries(texts: dict[str, str], judged: reading.Qrels) -> Iterator[tuple[str
 
 
 def prepare(data_dir: pathlib.Path, root: pathlib.Path | None, langs: str) -> list[pathlib.Path]:
-    """Writes the languages as ArrayRecord; returns their directories. What is there already is left alone."""
+    """Writes the languages as ArrayRecord; returns their directories. What is there already is left alone, and told."""
+    logging.set_verbosity(logging.ERROR)  # it warns of every directory that it is about to fill
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--data_dir {data_dir}: {error.strerror}; name a directory that can be written") from error
     if root is None:
         wanted = [lang.strip() for lang in langs.split(",") if lang.strip()]
         if unknown := [lang for lang in wanted or [""] if lang not in LANGS]:
@@ -126,8 +134,10 @@ def prepare(data_dir: pathlib.Path, root: pathlib.Path | None, langs: str) -> li
     for lang, files in discover(root, langs).items():
         config = lang if lang in LANGS else tfds.core.BuilderConfig(name=lang)
         builder = Miracl(files=files, config=config, data_dir=str(data_dir))
+        if builder.is_prepared():
+            progress.say(f"{builder.data_dir} is there already and left alone; remove it to write it again")
         try:
-            builder.download_and_prepare()
+            builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
         except UserError:
             raise
         except Exception:  # a repeated id, which tfds can tell with TensorFlow only
