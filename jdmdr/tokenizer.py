@@ -98,9 +98,11 @@ def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
     import transformers
 
+    from jdmdr.encoders.pretrained import tokenizer_place  # late: it loads jax
+
     transformers.logging.set_verbosity_error()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name_or_dir)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(tokenizer_place(name_or_dir))
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(

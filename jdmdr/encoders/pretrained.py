@@ -140,6 +140,14 @@ def read_modules(directory: pathlib.Path) -> dict[str, Modules]:
     return out
 
 
+def tokenizer_place(name_or_dir: str) -> str:
+    """Where the tokenizer of a checkpoint lies: a Router's towers, equal to each other, each have it in their directory."""
+    directory = pathlib.Path(name_or_dir).expanduser()
+    if (directory / "tokenizer.json").is_file() or not (directory / "modules.json").is_file():
+        return name_or_dir
+    return str(next(iter(read_modules(directory)["query"].values())))
+
+
 def _in_order(path: pathlib.Path, found: list[tuple[str, pathlib.Path]]) -> Modules:
     names = [name for name, _ in found]
     for name in names:

@@ -5,16 +5,17 @@ import json
 import os
 import pathlib
 import subprocess
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 import tokenizers
 
-from jdmdr import encoders
+from jdmdr import encoders, lora, peft
 from jdmdr.encoders.config import EncoderConfig
 from jdmdr.export import export
-from jdmdr.tokenizer import train_unigram
+from jdmdr.tokenizer import copy_pretrained, train_unigram
 from jdmdr.types import Tokens
 
 HERE = pathlib.Path(__file__).parent
@@ -34,30 +35,25 @@ pytestmark = [
 ]
 
 
-def random_transformer(family):
-    """A checkpoint's shape with new random parameters, none of them idle."""
-    config, params = encoders.load_pretrained(GOLDENS / family, pooling=POOLINGS[family], normalize=family != "roberta")
+def disturbed(params, seed):
+    """Random numbers added to every parameter, so that none is idle and the towers differ."""
     leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(len(family)), len(leaves))
-    return config, tree.unflatten(
-        x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)
-    )
+    keys = jax.random.split(jax.random.key(seed), len(leaves))
+    return tree.unflatten(x + 0.1 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True))
 
 
-def random_static(tokenizer_dir):
+def random_transformer(family, **changes):
+    """A checkpoint's shape with new random parameters."""
+    config, _ = encoders.load_pretrained(GOLDENS / family, pooling=POOLINGS[family], normalize=family != "roberta")
+    config = dataclasses.replace(config, **changes)
+    return config, disturbed(encoders.build(config).init(jax.random.key(0)), len(family))
+
+
+def random_static(tokenizer_dir, **changes):
     train_unigram([*TEXTS, LONG] * 4, 90, tokenizer_dir)
     size = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json")).get_vocab_size()
-    config = EncoderConfig(kind="static", vocab_size=size, width=24)
-    params = encoders.build(config).init(jax.random.key(0))
-    return config, {**params, "weight": jax.random.normal(jax.random.key(1), (size,))}
-
-
-def with_head_and_towers(config, params):
-    """The same with a linear head, and towers that differ."""
-    config, params = encoders.add_head(jax.random.key(5), config, params, 7, bias=True)
-    config, params = dataclasses.replace(config, towers="untied"), encoders.untie(params)
-    moved = jax.tree.map(lambda x: x + 0.05 * jax.random.normal(jax.random.key(x.size), x.shape), params["query"])
-    return config, {**params, "query": moved}
+    config = EncoderConfig(kind="static", vocab_size=size, width=24, **changes)
+    return config, disturbed(encoders.build(config).init(jax.random.key(0)), 1)
 
 
 def embed(config, params, tokenizer_dir, texts, max_length, side):
@@ -70,13 +66,23 @@ def embed(config, params, tokenizer_dir, texts, max_length, side):
     return np.asarray(encoder.apply(encoder.tower(params, side), tokens))
 
 
+def run_with_torch(script, *arguments):
+    command = [PYTHON, HERE / script, *arguments]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
 def test_sentence_transformers_gives_our_embeddings(tmp_path):
     expected, directories = {}, []
     systems = {family: (*random_transformer(family), GOLDENS / family, 20) for family in POOLINGS}
-    systems["static"] = (*random_static(tmp_path / "unigram"), tmp_path / "unigram", 1000)
-    for name in ("bert", "static"):
-        config, params, tokenizer_dir, max_length = systems[name]
-        systems[f"{name}-untied"] = (*with_head_and_towers(config, params), tokenizer_dir, max_length)
+    unigram = tmp_path / "unigram"
+    systems["static"] = (*random_static(unigram), unigram, 1000)
+    systems["tanh"] = (
+        *random_transformer("bert", projection=6, projection_bias=True, projection_activation="tanh"), GOLDENS / "bert", 20
+    )  # fmt: skip
+    systems["untied"] = (*random_transformer("roberta", projection=6, towers="untied"), GOLDENS / "roberta", 20)
+    systems["untied-static"] = (*random_static(unigram, projection=6, towers="untied"), unigram, 1000)
+    systems["truncated"] = (*encoders.truncate(*random_transformer("bert"), 5), GOLDENS / "bert", 20)
     texts = [*TEXTS, LONG]  # the long one is cut by a transformer and read whole by a static embedding
     for name, (config, params, tokenizer_dir, max_length) in systems.items():
         similarity = "cosine" if config.normalize else "dot"
@@ -93,9 +99,7 @@ def test_sentence_transformers_gives_our_embeddings(tmp_path):
 
     (tmp_path / "texts.json").write_text(json.dumps(texts))
     out = tmp_path / "out.npz"
-    command = [PYTHON, HERE / "embed_with_torch.py", tmp_path / "texts.json", out, *directories]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_with_torch("embed_with_torch.py", tmp_path / "texts.json", out, *directories)
     found = np.load(out)
     for key, value in expected.items():
         if key.endswith("similarity"):
@@ -106,3 +110,34 @@ def test_sentence_transformers_gives_our_embeddings(tmp_path):
         problems = json.loads(str(found[f"{family}/problems"]))
         missing = problems.pop("missing_keys")
         assert problems == {} and all(key.startswith("pooler.") for key in missing)
+
+
+def test_what_sentence_transformers_saved_gives_the_same_embeddings_here(tmp_path):
+    (tmp_path / "texts.json").write_text(json.dumps(TEXTS))
+    run_with_torch("save_with_torch.py", GOLDENS / "bert", tmp_path / "texts.json", tmp_path)
+    expected = np.load(tmp_path / "vectors.npz")
+    for name, towers, activation in (("router", "untied", "identity"), ("dense", "tied", "tanh")):
+        copy_pretrained(str(tmp_path / name), tmp_path / f"{name}-tokenizer")
+        config, params = encoders.load_pretrained(tmp_path / name)
+        assert (config.towers, config.projection, config.projection_activation) == (towers, 6, activation)
+        assert config.normalize == (name == "router")
+        for side in encoders.SIDES:
+            found = embed(config, params, tmp_path / f"{name}-tokenizer", TEXTS, 20, side)
+            np.testing.assert_allclose(found, expected[f"{name}/{side}"], atol=1e-5, err_msg=f"{name}/{side}")
+
+
+def test_peft_adds_our_adapters_to_the_checkpoint_as_we_do(tmp_path):
+    keys = SimpleNamespace(rank=2, alpha=6.0, dropout=0.1, target="query/kernel|ffn_out|word")
+    config, params = encoders.load_pretrained(GOLDENS / "bert")
+    adapters = disturbed(lora.init(keys, params, 0), 2)
+    peft.save(tmp_path, config, adapters, keys, str(GOLDENS / "bert"))
+    ids_BxT = np.random.default_rng(0).integers(5, 200, (3, 9)).astype(np.int32)
+    np.save(tmp_path / "ids.npy", ids_BxT)
+    run_with_torch("adapt_with_torch.py", tmp_path, tmp_path / "ids.npy", tmp_path / "out.npy")
+    tokens = Tokens(ids_BxT, np.ones_like(ids_BxT))
+    before, after = (
+        np.asarray(encoders.build(config).apply(tree, tokens, "tokens"))
+        for tree in (params, lora.merge(params, adapters, keys))
+    )
+    np.testing.assert_allclose(np.load(tmp_path / "out.npy"), after, atol=1e-5)
+    assert np.abs(after - before).max() > 0.1
