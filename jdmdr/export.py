@@ -251,6 +251,8 @@ def _encode_static(directory: pathlib.Path, ids: Sequence[Sequence[int]], side: 
     if "Dense" in modules:
         head = safetensors.numpy.load_file(modules["Dense"] / WEIGHTS)
         out_QxE = out_QxE @ head["linear.weight"].T + head.get("linear.bias", 0.0)
+        _, activation = pretrained.read_head(modules["Dense"], rows_VxD.shape[1])
+        out_QxE = np.tanh(out_QxE) if activation == "tanh" else out_QxE
     if "Normalize" not in modules:
         return out_QxE
     return out_QxE / np.maximum(np.linalg.norm(out_QxE, axis=1, keepdims=True), 1e-12)

@@ -132,6 +132,20 @@ def _flat(config: dict[str, Any], prefix: str = ""):
             yield prefix + key, "off" if value is None else repr(value).replace("|", "\\|")
 
 
+def _objective(recipe: Recipe) -> str:
+    """In words, with what it learned of its own."""
+    objective, lora = recipe.config.train.objective, recipe.config.train.lora
+    counts = workdir.counts_of(recipe.directory, "train")
+    learned = counts.get("objective", {}).get("temperature")
+    temperature = f"{objective.temperature}" if learned is None else f"{learned:.4g} (learned)"
+    words = [objective.name, objective.mode, f"temperature {temperature}"]
+    if objective.dimensions:
+        words.append(f"Matryoshka at {', '.join(map(str, objective.dimensions))}")
+    if lora.rank:
+        words.append(f"LoRA of rank {lora.rank}, merged")
+    return ", ".join(words)
+
+
 def model_card(recipe: Recipe, encoder_config: Any) -> str:
     """The README.md of the export."""
     c = recipe.config
@@ -148,15 +162,16 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
         tabulate(
             [
                 ["encoder", encoder_config.kind + (f", from {pathlib.Path(c.encoder.name).name}" if c.encoder.name else ", from scratch")],
-                ["embedding width", encoder_config.width],
-                ["pooling", encoder_config.pooling],
+                ["towers", "one for queries, one for passages" if encoder_config.untied else "one for both sides"],
+                ["embedding width", encoder_config.embedding_width],
+                ["pooling", encoder_config.pooling + (f", then a linear head from {encoder_config.width}" if encoder_config.projection else "")],
                 ["similarity", "cosine" if encoder_config.normalize else "dot product"],
                 ["query prompt", repr(c.encoder.query_prompt)],
                 ["passage prompt", repr(c.encoder.passage_prompt)],
                 ["passage text", c.data.fields.replace(",", ", one space, ")],
                 ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole],
                 ["hard negatives", f"{c.mine.retrievers} fused by {c.mine.fusion}"],
-                ["objective", f"{c.train.objective.name}, {c.train.objective.mode}, temperature {c.train.objective.temperature}"],
+                ["objective", _objective(recipe)],
             ],
             ["", ""], tablefmt="github", disable_numparse=True,
         ), "",

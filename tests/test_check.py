@@ -38,6 +38,14 @@ def test_recipes_pass(name, argument):
         ("train.cloze_share", 1.0),
         ("train.objective.mode", "foo"),
         ("warmup.objective.temperature", 0.0),
+        ("warmup.objective.dimension_weights", (1.0,)),
+        ("train.trainable", "(query"),
+        ("train.lora.target", "*"),
+        ("train.lora.rank", -1),
+        ("train.lora.dropout", 1.0),
+        ("encoder.towers", "three"),
+        ("encoder.projection", -1),
+        ("encode.dimensions", -1),
         ("encode.dtype", "float8"),
         ("evaluate.hybrid", "foo"),
     ],
@@ -48,6 +56,13 @@ def test_a_value_that_no_stage_could_use_is_told_with_its_key(key, value):
     with pytest.raises(UserError) as error:
         check_config(config)
     assert str(error.value).startswith(key) and "\n" not in str(error.value)
+
+
+def test_a_learned_temperature_starts_between_its_bounds():
+    config = recipe()
+    config.train.objective.learn_temperature, config.train.objective.min_temperature = True, 0.5
+    with pytest.raises(UserError, match="train.objective.temperature is 0.1; a learned one starts between"):
+        check_config(config)
 
 
 def test_score_rules_need_an_encoder_among_the_retrievers():

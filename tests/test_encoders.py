@@ -50,6 +50,7 @@ def test_config_survives_its_dictionary():
         ({"dtype": "float16"}, "encoder.dtype"),
         ({"kind": "mlp"}, "encoder.kind"),
         ({"heads": 3}, "3 heads"),
+        ({"towers": "both"}, "encoder.towers"),
         ({"kind": "static", "pooling": "cls"}, "static"),
     ],
 )

@@ -48,13 +48,14 @@ def static(unigram):
     return config, params
 
 
-def embed(config, params, tokenizer_dir, texts, max_length=20):
+def embed(config, params, tokenizer_dir, texts, max_length=20, side="passage"):
     tokenizer = tokenizers.Tokenizer.from_file(str(tokenizer_dir / "tokenizer.json"))
     tokenizer.enable_truncation(max_length)
     tokenizer.enable_padding(length=max_length, pad_id=config.pad_token_id)
     encoded = tokenizer.encode_batch(texts)
     tokens = Tokens(*(np.array([getattr(e, key) for e in encoded], np.int32) for key in ("ids", "attention_mask")))
-    return np.asarray(encoders.build(config).apply(params, tokens))
+    encoder = encoders.build(config)
+    return np.asarray(jax.jit(encoder.apply)(encoder.tower(params, side), tokens))
 
 
 @pytest.mark.parametrize(
@@ -82,6 +83,38 @@ def test_exported_static_encoder_loads_back_with_equal_embeddings(static, unigra
     expected = embed(config, params, unigram, [*WORDS, ""])
     np.testing.assert_allclose(embed(again, folded, tmp_path / "out", [*WORDS, ""]), expected, atol=1e-6)
     assert check_parity(tmp_path / "out", [*WORDS, ""], expected, max_length=20) < 1e-6
+
+
+HEAD = {"projection": 6, "projection_bias": True, "projection_activation": "tanh"}
+
+
+@pytest.mark.parametrize(
+    "kind, changes",
+    [
+        ("transformer", {"towers": "untied", **HEAD}),
+        ("static", HEAD),
+        ("static", {"towers": "untied", "projection": 6, "normalize": False}),
+    ],
+    ids=["transformer", "static-head", "static-towers"],
+)
+def test_heads_and_towers_come_back_as_they_were_exported(static, unigram, kind, changes, tmp_path):
+    loaded = encoders.load_pretrained(GOLDENS / "bert") if kind == "transformer" else static
+    config = dataclasses.replace(loaded[0], **{"normalize": True, **changes})
+    tokenizer_dir = GOLDENS / "bert" if kind == "transformer" else unigram
+    params = encoders.build(config).init(jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32), params)  # towers differ
+    export(config, params, tokenizer_dir, tmp_path / "out", **HOW)
+    again, same = encoders.load_pretrained(tmp_path / "out")
+    assert dataclasses.replace(again, original=None) == dataclasses.replace(config, original=None)
+    texts = WORDS[:5] if kind == "static" else TEXTS
+    vectors = {side: embed(config, params, tokenizer_dir, texts, side=side) for side in encoders.SIDES}
+    for side, expected in vectors.items():
+        np.testing.assert_allclose(embed(again, same, tmp_path / "out", texts, side=side), expected, atol=1e-6)
+        assert check_parity(tmp_path / "out", texts, expected, max_length=20, side=side) < 1e-5
+    if config.untied:
+        with pytest.raises(UserError, match="do not use it"):
+            check_parity(tmp_path / "out", texts, vectors["query"], max_length=20, side="passage")
 
 
 def test_export_writes_what_sentence_transformers_reads(tmp_path):

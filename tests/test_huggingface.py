@@ -188,5 +188,69 @@ def test_sentence_transformers_modules_set_pooling_and_arguments_win(checkpoint)
     assert (config.pooling, config.normalize) == ("cls", False)
     modules.append({"idx": 3, "name": "3", "path": "3_Dense", "type": "sentence_transformers.models.Dense"})
     (checkpoint / "modules.json").write_text(json.dumps(modules))
-    with pytest.raises(UserError, match="Dense"):
+    with pytest.raises(UserError, match="modules Transformer, Pooling, Normalize, Dense; each can be there once"):
+        encoders.load_pretrained(checkpoint)
+    modules[3]["type"] = "sentence_transformers.models.WeightedLayerPooling"
+    (checkpoint / "modules.json").write_text(json.dumps(modules))
+    with pytest.raises(UserError, match="has the module WeightedLayerPooling; only Transformer"):
+        encoders.load_pretrained(checkpoint)
+
+
+HEAD = {"in_features": 32, "out_features": 6, "bias": True, "activation_function": "torch.nn.modules.activation.Tanh"}
+
+
+@pytest.fixture
+def headed(checkpoint):
+    """A checkpoint with a Dense module, as LaBSE has one."""
+    modules = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Dense", "2_Dense"), ("Normalize", "3_Normalize")]
+    listed = [{"path": path, "type": f"sentence_transformers.models.{name}"} for name, path in modules]
+    (checkpoint / "modules.json").write_text(json.dumps(listed))
+    for name, values in (("1_Pooling", {"pooling_mode": "cls"}), ("2_Dense", HEAD)):
+        (checkpoint / name).mkdir()
+        (checkpoint / name / "config.json").write_text(json.dumps(values))
+    weights = np.random.default_rng(0).normal(size=(6, 33)).astype(np.float32)
+    tensors = {
+        "linear.weight": np.ascontiguousarray(weights[:, :32]),
+        "linear.bias": np.ascontiguousarray(weights[:, 32]),
+    }
+    safetensors.numpy.save_file(tensors, checkpoint / "2_Dense" / "model.safetensors")
+    return checkpoint, weights
+
+
+def test_dense_module_is_the_head_with_its_activation(headed):
+    checkpoint, weights = headed
+    config, params = encoders.load_pretrained(checkpoint)
+    assert (config.embedding_width, config.projection_bias, config.projection_activation) == (6, True, "tanh")
+    plain, bare = encoders.load_pretrained(checkpoint, normalize=False)
+    tokens = Tokens(np.full((2, 3), 7, np.int32), np.ones((2, 3), np.int32))
+    pooled = np.asarray(encoders.build(dataclasses.replace(plain, projection=0)).apply(bare, tokens))
+    expected = np.tanh(pooled @ weights[:, :32].T + weights[:, 32])
+    np.testing.assert_allclose(encoders.build(plain).apply(bare, tokens), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (
+            {"activation_function": "torch.nn.modules.activation.GELU"},
+            "activation_function is GELU; only Identity, Tanh",
+        ),
+        ({"use_residual": True}, "asks for more than a linear layer"),
+        ({"module_input_name": "token_embeddings"}, "asks for more than a linear layer"),
+        ({"out_features": 7}, "linear.weight has shape .6, 32., but .* .7, 32."),
+    ],
+)
+def test_heads_that_are_more_than_that_are_refused(headed, change, sentence):
+    checkpoint, _ = headed
+    (checkpoint / "2_Dense" / "config.json").write_text(json.dumps({**HEAD, **change}))
+    with pytest.raises(UserError, match=sentence):
+        encoders.load_pretrained(checkpoint)
+
+
+def test_a_router_without_a_route_for_passages_is_refused(checkpoint):
+    (checkpoint / "modules.json").write_text(json.dumps([{"path": "", "type": "sentence_transformers.models.Router"}]))
+    router = {"types": {"query_0_Transformer": "sentence_transformers.models.Transformer"},
+              "structure": {"query": ["query_0_Transformer"]}, "parameters": {}}  # fmt: skip
+    (checkpoint / "router_config.json").write_text(json.dumps(router))
+    with pytest.raises(UserError, match="router_config.json has no route document"):
         encoders.load_pretrained(checkpoint)

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from jdmdr import encoders, objectives, parallel, sources, topics
+from jdmdr import encoders, objectives, parallel, sources, topics, trainable
 from jdmdr.negatives import version_dir
-from jdmdr.optim import make_optimiser
+from jdmdr.optim import make_optimiser, named_leaves
 from jdmdr.shapes import Chunks
 from jdmdr.step import init_state, make_step
 
@@ -116,8 +116,11 @@ def test_step_is_compiled_once_a_shape(parts):
     assert step._cache_size() == 2
 
 
-def run_steps(directory, root, steps=3):
-    """The real parts on whatever devices there are: batches with mined negatives, the weighted objective, the mesh."""
+def run_steps(directory, root, everything, steps=3):
+    """The real parts on whatever devices there are: batches with mined negatives, the weighted objective, the mesh.
+
+    With `everything` on: untied towers, a head, adapters, Matryoshka and a learned temperature too.
+    """
     from conftest import tiny_config
 
     from jdmdr.recipe import Recipe
@@ -125,6 +128,10 @@ def run_steps(directory, root, steps=3):
     recipe = Recipe(tiny_config(root), directory)
     c, mesh = recipe.config, recipe.mesh
     section = c.train
+    if everything:
+        c.encoder.towers, c.encoder.projection = "untied", 32
+        section.objective.learn_temperature, section.objective.dimensions = True, (8, 16)
+        section.lora.rank, section.trainable = 2, "projection|/weight$"
     labels = topics.read_topics(directory / "topics", recipe.library)
     stored = version_dir(directory / "negatives", 0)
     mined = sources.with_negatives(recipe.training, recipe.stores, recipe.library, stored, labels, False)
@@ -132,30 +139,33 @@ def run_steps(directory, root, steps=3):
     section.chunk_rows = 16
     make_batch, shapes, _ = sources.batch_maker(found, section, c.weights, (32, 96), 8, 0, 2, c.topics.clusters)
     config, params = recipe._first_encoder()
-    optimiser = make_optimiser(section, params)
-    objective = objectives.OBJECTIVES["contrastive"](section.objective, mesh)
-    state = jax.device_put(init_state(params, optimiser), parallel.replicated(mesh))
-    step = make_step(encoders.build(config), objective, optimiser, 0)
+    objective = objectives.build(section.objective, config, mesh)
+    trained, frozen = trainable.split(section, params, objective.parameters, 0)
+    optimiser = make_optimiser(section, trained, frozen)
+    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
+    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora)
     losses = []
     for number in range(steps):
         state, metrics = step(state, parallel.put_batch(make_batch(number)[0], mesh))
         losses.append(float(metrics["loss"]))
     assert step._cache_size() <= shapes
-    return losses, jax.device_get(state["params"])
+    return losses, {name: np.asarray(leaf) for name, leaf in named_leaves(state["params"])}
 
 
-def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path):
+@pytest.mark.parametrize("everything", [False, True])
+def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path, everything):
     root = finished.config.data.root
     program = """
         import json, pathlib, sys
         import numpy as np
         from test_step import run_steps
-        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2])
+        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[4] == "True")
         np.savez(sys.argv[3], **params)
         print(json.dumps(losses))
     """
-    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz"))
-    losses, params = run_steps(finished.directory, root)
+    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz", everything))
+    losses, params = run_steps(finished.directory, root, everything)
+    assert ("objective/log_temperature" in params) == ("lora/query/embedding/a" in params) == everything
     np.testing.assert_allclose(eight, losses, rtol=1e-6)
     with np.load(tmp_path / "eight.npz") as saved:
         for name, expected in params.items():
