@@ -13,7 +13,7 @@ from jdmdr.datasets.audit import _repeated, audit, quantiles
 from jdmdr.datasets.audit_report import KINDS, as_dict, lines
 from jdmdr.datasets.scripts import in_script, main_script, scripts
 from jdmdr.types import UserError
-from tests.conftest import SHARED, TINYPEDIA
+from tests.conftest import TINYPEDIA
 
 
 def edit(path, change):
@@ -224,39 +224,3 @@ def test_where_a_corpus_cannot_be_read_its_judged_passages_are_not_called_missin
     found, _ = found_in(data_root)
     assert list(found.errors) == [str(data_root / "corpus/en.jsonl")]
     assert {(f.kind, f.lang) for f in found.findings} == {("positives of train", lang) for lang in ("en", "sw")}
-
-
-# lang: train queries, train judgments, dev queries, dev judgments (Zhang et al., TACL 2023)
-MIRACL = {
-    "ar": (3_495, 25_382, 2_896, 29_197),
-    "bn": (1_631, 16_754, 411, 4_206),
-    "en": (2_863, 29_416, 799, 8_350),
-    "es": (2_162, 21_531, 648, 6_443),
-    "fa": (2_107, 21_844, 632, 6_571),
-    "fi": (2_897, 20_350, 1_271, 12_008),
-    "fr": (1_143, 11_426, 343, 3_429),
-    "hi": (1_169, 11_668, 350, 3_494),
-    "id": (4_071, 41_358, 960, 9_668),
-    "ja": (3_477, 34_387, 860, 8_354),
-    "ko": (868, 12_767, 213, 3_057),
-    "ru": (4_683, 33_921, 1_252, 13_100),
-    "sw": (1_901, 9_359, 482, 5_092),
-    "te": (3_452, 18_608, 828, 1_606),
-    "th": (2_972, 21_293, 733, 7_573),
-    "zh": (1_312, 13_113, 393, 3_928),
-}
-SURPRISE = {"de": (0, 0, 305, 3_144), "yo": (0, 0, 119, 1_188)}
-
-
-@pytest.mark.skipif(not (SHARED / "miracl-dev").is_dir(), reason="needs the MIRACL topics and qrels")
-def test_miracl_has_the_published_sizes():
-    def sizes(files, split):
-        if split not in files.topics:
-            return 0, 0
-        judged, conflicts = reading.qrels(files.qrels[split])
-        assert not conflicts
-        return len(reading.topics(files.topics[split])), sum(map(len, judged.values()))
-
-    files = find(SHARED / "miracl-dev")
-    assert {lang: (*sizes(of, "train"), *sizes(of, "dev")) for lang, of in files.items()} == MIRACL | SURPRISE
-    assert [sum(column) for column in zip(*MIRACL.values(), strict=True)] == [40_203, 343_177, 13_071, 126_076]

@@ -16,8 +16,15 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-import tensorflow_datasets as tfds
 from absl import flags, logging
+
+try:
+    import tensorflow_datasets as tfds
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    print(f"error: {error}; this command needs an extra: pip install 'jdmdr[data]'", file=sys.stderr)
+    sys.exit(2)
 
 from jdmdr import cli, progress, reading
 from jdmdr.corpus import TRAIN, add_train_rows, split_queries
