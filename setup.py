@@ -51,6 +51,14 @@ setup(
         "data": ["importlib-resources", "tensorflow-datasets"],  # the second imports the first without asking for it
         "llm": ["openai"],
         "fasttext": ["fasttext-wheel"],
-        "test": ["hypothesis", "importlib-resources", "pytest", "ruff", "selenium", "tensorflow-datasets"],
+        "test": [
+            "fasttext-wheel",
+            "hypothesis",
+            "importlib-resources",
+            "pytest",
+            "ruff",
+            "selenium",
+            "tensorflow-datasets",
+        ],
     },
 )

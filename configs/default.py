@@ -86,7 +86,7 @@ def get_config():
 
     c.topics = ConfigDict()
     c.topics.method = "kmeans"  # kmeans | embed | fasttext
-    c.topics.examples = ""  # embed: file of lines `label TAB text`, labels as in jdmdr/topic_table.py
+    c.topics.examples = ""  # embed: file of lines `label TAB text` (docs/dmdr.md), e.g. configs/topics.tsv
     c.topics.yahoo, c.topics.dbpedia = "", ""  # fasttext: the two classifiers, .bin or .ftz
     c.topics.rule = "yahoo_first"  # fasttext: yahoo_first | confidence
     c.topics.mapping = "paper"  # of DBpedia's labels: paper | fixed (ministers are politics, schools education ...)

@@ -11,6 +11,7 @@ The last two give the 12 topics of `topic_table.py`. Source: Huang et al. (EMNLP
 
 from __future__ import annotations
 
+import collections
 import json
 import pathlib
 from collections.abc import Callable, Iterator
@@ -26,6 +27,7 @@ from jdmdr.topic_table import CODES, DBPEDIA, OTHERS, YAHOO, classifier_ids, id_
 from jdmdr.types import UserError
 
 RULES = ("yahoo_first", "confidence")
+PENALTIES = (1.0, 10.0, 100.0, 1e3, 1e4)  # scikit-learn's C, tried on the examples
 
 Embed = Callable[[list[str]], np.ndarray]  # passages' texts -> NxD
 
@@ -112,12 +114,15 @@ def from_examples(
     library, training, langs, embeddings, embed, config, seed, out_dir
 ) -> Iterator[tuple[int, np.ndarray]]:
     """Multinomial logistic regression; Others where no topic reaches `least_probability`."""
-    from sklearn.linear_model import LogisticRegression
-
     texts, ids = zip(*read_examples(pathlib.Path(config.examples), config.mapping), strict=True)
-    if len(set(ids)) < 2:
+    numbers = collections.Counter(ids)
+    if len(numbers) < 2:
         raise UserError(f"{config.examples} has examples of one topic alone; give some of two or more")
-    classifier = LogisticRegression(max_iter=1000).fit(embed(list(texts)), ids)
+    if alone := [CODES[topic] for topic, number in numbers.items() if number < 2]:
+        raise UserError(
+            f"{config.examples} has one example alone of {', '.join(alone)}; give two or more of every topic"
+        )
+    classifier = fit(embed(list(texts)), np.array(ids))
     for i in langs:
         parts = []
         for block in encode.shards(embeddings / library.langs[i], "passages"):
@@ -125,6 +130,20 @@ def from_examples(
             best_C = classifier.classes_[probabilities_CxK.argmax(axis=1)]
             parts.append(np.where(probabilities_CxK.max(axis=1) < config.least_probability, OTHERS, best_C))
         yield i, np.concatenate(parts)
+
+
+def fit(vectors_NxD: np.ndarray, ids_N: np.ndarray) -> Any:
+    """The classifier, its penalty chosen by cross-validated log-loss on the examples.
+
+    Embeddings have norm 1: under one fixed penalty few examples leave all probabilities near 1 / topics, and every
+    passage would be Others.
+    """
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV, StratifiedKFold
+
+    folds = StratifiedKFold(min(5, int(np.unique(ids_N, return_counts=True)[1].min())))  # every topic in every fold
+    search = GridSearchCV(LogisticRegression(max_iter=1000), {"C": PENALTIES}, scoring="neg_log_loss", cv=folds)
+    return search.fit(vectors_NxD, ids_N).best_estimator_
 
 
 def read_examples(path: pathlib.Path, mapping: str) -> list[tuple[str, int]]:

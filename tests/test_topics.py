@@ -1,8 +1,10 @@
+import pathlib
 import shutil
 
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import StratifiedKFold, cross_val_predict
 
 from jdmdr import encode, pipeline, topics, workdir
 from jdmdr.corpus import article
@@ -113,7 +115,39 @@ def write_examples(finished, path):
     return path
 
 
-def test_embedded_examples_label_as_scikit_learn_does(finished, tmp_path):
+EXAMPLES = pathlib.Path(__file__).parents[1] / "configs" / "topics.tsv"
+
+
+def clustered(ids, rng):
+    """Unit vectors around a direction of each topic's own, as an encoder gives."""
+    vectors = 0.5 * np.eye(len(CODES), 32)[ids] + rng.normal(0, 0.1, (len(ids), 32))
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def test_the_penalty_is_the_one_of_the_best_cross_validated_log_loss():
+    ids = np.array([i for _, i in topics.read_examples(EXAMPLES, "paper")])
+    vectors = clustered(ids, np.random.default_rng(0))
+    losses = {}
+    for penalty in topics.PENALTIES:
+        folds = StratifiedKFold(5)
+        model = LogisticRegression(max_iter=1000, C=penalty)
+        probabilities = cross_val_predict(model, vectors, ids, cv=folds, method="predict_proba")
+        values = -np.log(probabilities[np.arange(len(ids)), ids])
+        losses[penalty] = np.mean([values[rows].mean() for _, rows in folds.split(vectors, ids)])
+    found = topics.fit(vectors, ids).C
+    assert found == min(losses, key=losses.get)
+
+
+def test_the_shipped_examples_cover_the_topics_and_leave_few_of_their_kind_to_others():
+    ids = np.array([i for _, i in topics.read_examples(EXAMPLES, "paper")])
+    assert sorted(set(ids)) == list(range(len(CODES))) and np.bincount(ids).min() >= 5
+    model = topics.fit(clustered(ids, np.random.default_rng(0)), ids)
+    new = np.repeat(np.arange(len(CODES)), 20)
+    probabilities = model.predict_proba(clustered(new, np.random.default_rng(1)))
+    assert (probabilities.max(axis=1) >= 0.35).mean() > 0.8
+
+
+def test_embedded_examples_label_by_the_most_probable_topic_or_others(finished, tmp_path):
     path = write_examples(finished, tmp_path / "examples.tsv")
     blocks = {lang: encode.shards(finished.directory / "embeddings-warmup" / lang, "passages") for lang in ("en", "sw")}
     vectors = {lang: np.concatenate(parts).astype(np.float32) for lang, parts in blocks.items()}
@@ -121,7 +155,7 @@ def test_embedded_examples_label_as_scikit_learn_does(finished, tmp_path):
         finished, tmp_path, embed=lambda texts: vectors["en"], method="embed", examples=str(path), least_probability=0.6
     )
     ids = [CODES.index("GE") if i < 12 else CODES.index("SP") for i in range(24)]
-    model = LogisticRegression(max_iter=1000).fit(vectors["en"], ids)
+    model = topics.fit(vectors["en"], np.array(ids))
     for lang in ("en", "sw"):
         probabilities = model.predict_proba(vectors[lang])
         expected = np.where(probabilities.max(axis=1) < 0.6, OTHERS, model.classes_[probabilities.argmax(axis=1)])
@@ -137,6 +171,7 @@ def test_embedded_examples_label_as_scikit_learn_does(finished, tmp_path):
         ('{"label": "GE"}\n', 'no JSON object with "label" and "text"'),
         ("", "has no examples"),
         ("GE\ta\nGE\tb\n", "examples of one topic alone"),
+        ("GE\ta\nGE\tb\nSP\tc\n", "one example alone of SP"),
     ],
 )
 def test_bad_examples_are_refused_with_their_line(finished, tmp_path, content, message):
