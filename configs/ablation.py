@@ -2,7 +2,7 @@
 
     python -m jdmdr.ablate --config configs/ablation.py --workdir runs/ablation --config.data.root=DIR --config.data.langs=te,sw
 
-Hardware and time: 2 CPU cores, 35 minutes for four languages of mini-miracl, 14 rows and 3 seeds (docs/results.md).
+Hardware and time: 2 CPU cores, 10 GB of disk, 35 minutes for four languages of mini-miracl, 14 rows and 3 seeds (docs/results.md).
 Expected of the paper's models on MIRACL (Huang et al., EMNLP 2025, tables 2 and 3): docs/ablation.md.
 
 The recipe is the quickstart's encoder, trained from scratch on the spot. `train.keep=last` reports what training ends with:

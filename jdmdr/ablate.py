@@ -41,11 +41,15 @@ class Row(NamedTuple):
 
 def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
     """The command: all cells, then the tables."""
+    if "ablation" not in config:
+        raise UserError("this recipe has no ablation.rows; name one that has, such as --config configs/ablation.py")
     settings = config.ablation
     rows = [Row(table, name, overrides and dict(overrides)) for table, name, overrides in settings.rows]
     _check(rows, settings)
     cells = [(row, seed) for row in rows if row.overrides is not None for seed in settings.seeds]
     configs = {(row.slug, seed): cell_config(config, row, seed) for row, seed in cells}
+    for row, seed in cells:
+        _check_values(configs[row.slug, seed], row)
     for number, (row, seed) in enumerate(cells, 1):
         progress.say(f"[{number}/{len(cells)}] {row.name}, seed {seed}")
         run_cell(configs[row.slug, seed], directory / "cells", f"{row.slug}-{seed}")
@@ -83,30 +87,29 @@ def cell_config(config: ConfigDict, row: Row, seed: int) -> ConfigDict:
     return cell
 
 
+def _check_values(config: ConfigDict, row: Row) -> None:
+    from jdmdr.check import check_config  # late: a mistake on the command line is told before jax is loaded
+
+    try:
+        check_config(config)
+    except UserError as error:
+        raise UserError(f"ablation.rows, {row.name}: {error}") from None
+
+
 def run_cell(config: ConfigDict, cells: pathlib.Path, name: str) -> None:
     """Brings one cell's evaluation up to date, with the finished stages of other cells where they fit."""
     from jdmdr.pipeline import needed
     from jdmdr.recipe import Recipe
 
     directory = cells / name
-    if _evaluated(directory, config):
-        return
     with workdir.locked(directory):
         stages = {stage.name: stage for stage in Recipe(config, directory).stages()}
+        if "train" not in stages:
+            raise UserError("data.root has no training queries and nothing is set to train, so all rows would be one")
         donors = sorted(path for path in cells.iterdir() if path.is_dir() and path != directory)
         for stage in needed(stages, "evaluate"):
             workdir.adopt(stages[stage], directory, donors)
             workdir.bring_up_to_date(stages[stage], directory, True, lambda line: None)
-        workdir.write_json(directory / "cell.json", _settings(config))
-
-
-def _settings(config: ConfigDict) -> dict[str, Any]:
-    return workdir.as_json(config.to_dict())
-
-
-def _evaluated(directory: pathlib.Path, config: ConfigDict) -> bool:
-    """Whether the cell was finished with this very config; the stages themselves are not looked at again."""
-    return workdir.read_json(directory / "cell.json") == _settings(config)
 
 
 # ---------------------------------------------------------------------------------------------------------- the tables

@@ -203,23 +203,33 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
 
 
 def adopt(stage: Stage, workdir: pathlib.Path, donors: Iterable[pathlib.Path]) -> None:
-    """Links the stage's directory from the first of the other working directories that has done the same work.
+    """Takes the stage's directory over from the first of the other working directories that has done the same work.
 
-    Does nothing where the stage has a directory already, or none of `donors` fits. Finished stages are never written to, so
-    both can share their files.
+    Replaces what lies there for other settings or inputs; leaves the same work, finished or begun, to go on. Finished stages
+    are never written to, so both can share their files: hard links, or copies where the file system has none.
     """
     target = workdir / stage.name
-    if target.exists():
-        return
     promise = as_json(_promise(stage, workdir))
+    if read_json(target / PLAN) == promise:
+        return
     for donor in donors:
         manifest = read_json(donor / stage.name / MANIFEST)
-        if manifest and {key: manifest.get(key) for key in promise} == promise:
+        if not manifest or {key: manifest.get(key) for key in promise} != promise:
+            continue
+        if _intact(donor / stage.name, manifest):
             partial = target.with_name(f".{stage.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(donor / stage.name, partial, copy_function=os.link)
+            shutil.copytree(donor / stage.name, partial, copy_function=_link)
+            shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             return
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # no links on this file system, or too many to one file
+        shutil.copy2(source, target)
 
 
 def as_json(value: Any) -> Any:

@@ -1,11 +1,12 @@
 import json
 import os
+import shutil
 
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs import ablation
+from configs import ablation, quickstart
 from jdmdr import ablate, scores, significance, workdir
 from jdmdr.ablate import Row
 from jdmdr.types import UserError
@@ -66,6 +67,8 @@ def test_a_row_without_a_server_says_so_in_the_table(tmp_path):
         ({"reference": "DMDR: judged by an LLM, topped up"}, "is no row of ablation.rows that runs"),
         ({"seeds": ()}, "ablation.seeds is empty"),
         ({"rows": (("T", "full", {"train.no_such": 1}),), "reference": "full"}, "ablation.rows, full: .*no_such"),
+        ({"rows": (("T", "full", {}), ("T", "x", {"train.policy": "any"})), "reference": "full"},
+         "ablation.rows, x: train.policy is 'any'"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_run_is_refused_before_any_cell(tmp_path, changes, message):
@@ -77,6 +80,13 @@ def test_what_cannot_be_run_is_refused_before_any_cell(tmp_path, changes, messag
     with pytest.raises(UserError, match=message):
         ablate.ablate(config, tmp_path, None)
     assert not (tmp_path / "cells").exists()
+
+
+def test_a_recipe_without_rows_is_told_what_to_name(tmp_path):
+    with pytest.raises(
+        UserError, match="has no ablation.rows; name one that has, such as --config configs/ablation.py"
+    ):
+        ablate.ablate(quickstart.get_config(), tmp_path, None)
 
 
 def test_every_row_of_the_recipe_overrides_keys_that_there_are():
@@ -121,17 +131,37 @@ def test_a_finished_stage_is_taken_over_from_a_directory_that_did_the_same_work(
     assert said == ["work: up to date"]
 
 
-def test_nothing_is_taken_over_that_differs_or_is_unfinished_or_where_work_has_begun(tmp_path):
-    make(tmp_path / "other", {"value": 1})
-    make(tmp_path / "same", {"value": 2})
+def test_nothing_is_taken_over_that_differs_or_is_unfinished_or_damaged(tmp_path):
+    for name, value in (("other", 1), ("same", 2), ("damaged", 2)):
+        make(tmp_path / name, {"value": value})
     (tmp_path / "same" / "work" / "manifest.json").unlink()
+    (tmp_path / "damaged" / "work" / "deep" / "values.txt").unlink()
     (tmp_path / "new").mkdir()
-    donors = [tmp_path / "other", tmp_path / "same"]
-    workdir.adopt(stage({"value": 2}), tmp_path / "new", donors)
+    workdir.adopt(stage({"value": 2}), tmp_path / "new", [tmp_path / name for name in ("other", "same", "damaged")])
     assert not (tmp_path / "new" / "work").exists()
-    (tmp_path / "new" / "work").mkdir()
-    workdir.adopt(stage({"value": 1}), tmp_path / "new", donors)
-    assert not any((tmp_path / "new" / "work").iterdir())
+
+
+def test_begun_work_goes_on_but_work_for_other_settings_gives_way(tmp_path):
+    for name, value in (("donor", 2), ("begun", 2), ("old", 1)):
+        make(tmp_path / name, {"value": value})
+    (tmp_path / "begun" / "work" / "manifest.json").unlink()
+    for name in ("begun", "old"):
+        workdir.adopt(stage({"value": 2}), tmp_path / name, [tmp_path / "donor"])
+    assert not (tmp_path / "begun" / "work" / "manifest.json").exists()
+    values = [tmp_path / name / "work" / "deep" / "values.txt" for name in ("donor", "begun", "old")]
+    assert os.path.samefile(values[0], values[2]) and not os.path.samefile(values[0], values[1])
+
+
+def test_without_hard_links_the_files_are_copied(tmp_path, monkeypatch):
+    def refuse(source, target):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    make(tmp_path / "donor", {"value": 2})
+    (tmp_path / "new").mkdir()
+    workdir.adopt(stage({"value": 2}), tmp_path / "new", [tmp_path / "donor"])
+    source, taken = (tmp_path / name / "work" / "deep" / "values.txt" for name in ("donor", "new"))
+    assert source.read_bytes() == taken.read_bytes() and not os.path.samefile(source, taken)
 
 
 @pytest.mark.slow
@@ -168,3 +198,6 @@ def test_a_killed_ablation_goes_on_and_a_second_run_does_nothing(tmp_path, data_
     before = {path: path.stat().st_mtime_ns for path in cells.rglob("manifest.json")}
     ablate.ablate(config, tmp_path / "a", None)
     assert {path: path.stat().st_mtime_ns for path in cells.rglob("manifest.json")} == before
+    shutil.rmtree(cells / "full-1" / "evaluate")  # a seed that has gone is made again, never left out of the mean
+    ablate.ablate(config, tmp_path / "a", None)
+    assert json.loads((tmp_path / "a" / "ablation.json").read_text()) == table
