@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import pathlib
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ import jax
 import numpy as np
 
 from jdmdr import parallel
+from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import Tokens
 from jdmdr.workdir import atomic
 
@@ -71,6 +73,14 @@ class Embedder:
         out = np.empty_like(embeddings)
         out[np.concatenate(places)] = embeddings
         return out
+
+
+def embed_texts(embedder: Embedder, params: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:
+    """Embeddings, float32 [len(texts), D], of texts that no token store holds."""
+    with tempfile.TemporaryDirectory() as directory:
+        write_tokens(tokenizer, texts, pathlib.Path(directory), "texts")
+        store = TokenStore(pathlib.Path(directory), ["texts"], tokenizer.vocab_size)
+        return embedder.embed(params, store, np.arange(len(texts)))
 
 
 def encode_rows(

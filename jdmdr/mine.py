@@ -67,7 +67,7 @@ class Mined(NamedTuple):
 
 def mine_language(
     queries: Sequence[TrainingQuery], rows: np.ndarray, base: int, ensemble: Mapping[str, Retriever], config: Any,
-    weights: Sequence[float], collection: Collection, lang: str, out_dir: pathlib.Path, concatenated: Retriever | None,
+    weights: Sequence[float], collection: Collection, lang: str, out_dir: pathlib.Path, both: Retriever | None,
 ) -> Mined:  # fmt: skip
     """Mines one language and writes its runs, candidates and scores to `out_dir`.
 
@@ -75,16 +75,13 @@ def mine_language(
       queries: its training queries; `rows` are their rows among the split's queries.
       base: global row of the collection's first passage.
       weights: one a retriever of `ensemble`.
-      concatenated: the dense retrievers as one, which then gives the ensemble's list.
+      both: the dense retrievers as one, which then gives the ensemble's list.
     """
     most_positives = max(len(q.positives) for q in queries)
     depth = config.depth + most_positives
     lists = {name: retriever.search(rows, depth) for name, retriever in ensemble.items()}
     rescore = [retriever.rescore(rows) for retriever in ensemble.values()]
-    if concatenated:
-        fused = concatenated.search(rows, depth)
-    else:
-        fused = fuse(list(lists.values()), config.fusion, weights, depth, rescore)
+    fused = both.search(rows, depth) if both else fuse(list(lists.values()), config.fusion, weights, depth, rescore)
     runs = {**lists, ENSEMBLE: fused}
     docid = docid_lookup(collection, runs.values())
     for name, hits in runs.items():
@@ -179,13 +176,15 @@ def mine(
         lang, collection = library.langs[index], library.collections[index]
         ensemble = open_ensemble(lang)
         with tempfile.TemporaryDirectory(prefix=".concat.", dir=out_dir) as scratch:
-            concatenated = None
+            both = None
             if config.fusion == CONCAT:
-                both = _concatenated(ensemble, weights, pathlib.Path(scratch) / "passages.npy")
-                concatenated = search_vectors(both)
+                vectors = [retriever.vectors for retriever in ensemble.values()]
+                joined = concat_vectors([v.queries_QxD for v in vectors], weights)
+                passages = concatenated([v.blocks for v in vectors], weights, pathlib.Path(scratch) / "passages.npy")
+                both = search_vectors(Vectors(joined, [passages]))
             mined = mine_language(
                 queries, rows, int(library.bases[index]), ensemble, config, weights or [1.0] * len(ensemble), collection,
-                lang, out_dir, concatenated,
+                lang, out_dir, both,
             )  # fmt: skip
         counts[lang] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
     names = list(open_ensemble(library.langs[work[0][0]]))
@@ -227,16 +226,15 @@ def _norms(blocks: Sequence[np.ndarray]) -> np.ndarray:
     )
 
 
-def _concatenated(ensemble: Mapping[str, Retriever], weights: Sequence[float], path: pathlib.Path) -> Vectors:
-    """The weighted concatenation of the ensemble's vectors (`concat_vectors`); the passages' lie in `path`, mapped."""
-    vectors = [retriever.vectors for retriever in ensemble.values()]
-    rows = sum(len(block) for block in vectors[0].blocks)
-    width = sum(v.queries_QxD.shape[1] for v in vectors)
+def concatenated(blocks: Sequence[Sequence[np.ndarray]], weights: Sequence[float], path: pathlib.Path) -> np.ndarray:
+    """The weighted concatenation (`concat_vectors`) of several encoders' vectors of one collection, mapped to `path`."""
+    rows = sum(map(len, blocks[0]))
+    width = sum(of[0].shape[1] for of in blocks)
     passages_CxD = np.lib.format.open_memmap(path, "w+", np.float32, (rows, width))
     for first in range(0, rows, _CONCAT_ROWS):
-        parts = [_rows(v.blocks, first, min(first + _CONCAT_ROWS, rows)) for v in vectors]
+        parts = [_rows(of, first, min(first + _CONCAT_ROWS, rows)) for of in blocks]
         passages_CxD[first : first + _CONCAT_ROWS] = concat_vectors(parts, weights)
-    return Vectors(concat_vectors([v.queries_QxD for v in vectors], weights), [passages_CxD])
+    return passages_CxD
 
 
 def _rows(blocks: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:

@@ -44,7 +44,7 @@ from jdmdr.encoders import pretrained
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN
 from jdmdr.splits import POOLED
-from jdmdr.tokenizer import Tokenizer, TokenStore
+from jdmdr.tokenizer import Tokenizer
 from jdmdr.train import VOLATILE
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
@@ -243,11 +243,8 @@ class Recipe(Workspace):
         return {"vocab_size": Tokenizer(home, 8).vocab_size}
 
     def embed_with(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
-        section = retrievers.encoder_section(spec, self.config.encoder)
-        tokens, langs = self.directory / f"tokens-{spec.name}", self._mined_langs()
-        vocab_size = workdir.counts_of(self.directory, tokens.name)["vocab_size"]
-        model = models.start(section, vocab_size, TokenStore(tokens / "passages", langs, vocab_size), self.config.seed)
-        return self._embed(model, section, tokens, vocab_size, langs, [TRAIN], out_dir)
+        section, home, vocab_size, model = self._other_encoder(spec)
+        return self._embed(model, section, home.parent, vocab_size, self._mined_langs(), [TRAIN], out_dir)
 
     def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config.mine
@@ -268,8 +265,7 @@ class Recipe(Workspace):
             side = encode.Embedder(
                 encoders.build(encoder_config), self.mesh, self.config.encoder.passage_length, "passage"
             )
-            tokenizer.write_tokens(self._tokenizer("passage"), texts, out_dir / "examples", "all")
-            return side.embed(params, TokenStore(out_dir / "examples", ["all"], self.vocab_size), np.arange(len(texts)))
+            return encode.embed_texts(side, params, self._tokenizer("passage"), texts)
 
         c = self.config
         return topics.label(

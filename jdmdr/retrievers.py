@@ -28,7 +28,7 @@ from jdmdr.corpus import Collection
 from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.index.fusion import Rescore, dense_rescore
-from jdmdr.index.searcher import best_first
+from jdmdr.index.searcher import Searcher, best_first
 from jdmdr.presets import PRESETS
 from jdmdr.types import NO_HIT, Hits, UserError
 
@@ -150,13 +150,20 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
 
 def bm25(index_dir: pathlib.Path, texts: Sequence[str]) -> Retriever:
     """BM25 over a stored index; `texts` are the queries of the split."""
-    searcher = Bm25Searcher.load(index_dir)
+    return lexical(Bm25Searcher.load(index_dir), texts)
+
+
+def lexical(searcher: Bm25Searcher, texts: Sequence[str]) -> Retriever:
     return Retriever(lambda rows, k: searcher.search([texts[row] for row in rows], k))
 
 
 def dense(vectors: Vectors, index: str, factory: str, mesh: Any) -> Retriever:
     """Inner product over vectors, by an index of `jdmdr.index.SEARCHERS`."""
-    searcher = dense_searcher(index, vectors.blocks, mesh, factory)
+    return over(dense_searcher(index, vectors.blocks, mesh, factory), vectors)
+
+
+def over(searcher: Searcher, vectors: Vectors) -> Retriever:
+    """Inner product over vectors whose passages `searcher` holds."""
     return Retriever(lambda rows, k: searcher.search(vectors.queries_QxD[rows], k), vectors)
 
 

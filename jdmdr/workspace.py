@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from jdmdr import (
@@ -17,12 +18,14 @@ from jdmdr import (
     models,
     parallel,
     progress,
+    requery,
     retrievers,
     sources,
     splits,
     tokenizer,
     workdir,
 )
+from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN, Library
 from jdmdr.splits import OWN, POOLED
 from jdmdr.tokenizer import Tokenizer, TokenStore
@@ -164,6 +167,38 @@ class Workspace:
                 return search(retrievers.external_vectors(pathlib.Path(spec.source), lang, qids, collection))
         embeddings = self.directory / f"embeddings-{spec.name}" / lang
         return search(retrievers.stored(embeddings, TRAIN, [embeddings]))
+
+    def _other_encoder(self, spec: retrievers.Spec):
+        """(its `encoder` keys, tokenizer's directory, vocabulary, encoder and parameters) of a checkpoint of the ensemble."""
+        section = retrievers.encoder_section(spec, self.config.encoder)
+        tokens, langs = self.directory / f"tokens-{spec.name}", self._mined_langs()
+        vocab_size = workdir.counts_of(self.directory, tokens.name)["vocab_size"]
+        model = models.start(section, vocab_size, TokenStore(tokens / "passages", langs, vocab_size), self.config.seed)
+        return section, tokens / "tokenizer", vocab_size, model
+
+    def _query_embedder(self, spec: retrievers.Spec) -> requery.Embed:
+        """Embeds new queries as a retriever of the ensemble does; its encoder is loaded when it is first asked."""
+
+        @functools.cache
+        def loaded():
+            if spec.kind == retrievers.WARMUP:
+                section, home, model = self.config.encoder, self.directory / "tokenizer", self._model("warmup")
+            else:
+                section, home, _, model = self._other_encoder(spec)
+            config, params = model
+            embedder = encode.Embedder(encoders.build(config), self.mesh, section.query_length, "query")
+            return embedder, params, Tokenizer(home, section.query_length, section.query_prompt)
+
+        def embed(texts: Sequence[str]) -> np.ndarray:
+            return encode.embed_texts(*loaded(), texts).astype(self.config.encode.dtype).astype(np.float32)
+
+        return embed
+
+    def _asked_member(self, spec: retrievers.Spec, lang: str, embed: requery.Embed) -> Bm25Searcher | requery.Encoded:
+        """A retriever of the ensemble for queries that are not in the data."""
+        if spec.kind == retrievers.BM25:
+            return Bm25Searcher.load(self.directory / "bm25" / lang)
+        return requery.Encoded(encode.shards(self.directory / f"embeddings-{spec.name}" / lang, "passages"), embed)
 
 
 def trains(section: ConfigDict) -> bool:

@@ -7,8 +7,9 @@ import pytest
 
 from configs import default
 from jdmdr import mine, pipeline, retrievers
+from jdmdr.index.fusion import concat_vectors
 from jdmdr.presets import PRESETS
-from jdmdr.retrievers import Retriever, Spec, Vectors, parse
+from jdmdr.retrievers import Spec, Vectors, parse
 from jdmdr.types import NO_HIT, UserError
 
 
@@ -180,14 +181,14 @@ def vectors(rng, queries, passages, width, scale):
 def test_concatenated_vectors_rank_by_the_weighted_sum_of_cosines(tmp_path):
     rng = np.random.default_rng(0)
     members = {"a": vectors(rng, 5, 40, 6, 1.0), "b": vectors(rng, 5, 40, 3, 9.0)}
-    ensemble = {name: Retriever(lambda rows, k: None, v) for name, v in members.items()}
-    both = mine._concatenated(ensemble, [0.3, 0.7], tmp_path / "passages.npy")
+    queries_QxD = concat_vectors([v.queries_QxD for v in members.values()], [0.3, 0.7])
+    passages_CxD = mine.concatenated([v.blocks for v in members.values()], [0.3, 0.7], tmp_path / "passages.npy")
     expected = 0
     for weight, v in zip([0.3, 0.7], members.values(), strict=True):
         p_CxD, q_QxD = np.concatenate(v.blocks).astype(np.float64), v.queries_QxD.astype(np.float64)
         cosine = q_QxD @ p_CxD.T / np.linalg.norm(q_QxD, axis=1)[:, None] / np.linalg.norm(p_CxD, axis=1)
         expected = expected + weight * cosine
-    np.testing.assert_allclose(both.queries_QxD @ np.concatenate(both.blocks).T, expected, atol=1e-5)
+    np.testing.assert_allclose(queries_QxD @ passages_CxD.T, expected, atol=1e-5)
 
 
 def test_the_spread_of_a_retriever_is_that_of_the_cosines_of_its_first_hits(finished):
