@@ -20,6 +20,7 @@ setup(
     python_requires=">=3.11",
     install_requires=[
         "absl-py",
+        "aiolimiter",
         "bm25s",
         "faiss-cpu",
         "flax>=0.12",
@@ -31,6 +32,7 @@ setup(
         "matplotlib",
         "ml-collections>=1.0",
         "numpy",
+        "openai>=2",
         "optax",
         "orbax-checkpoint>=0.11",
         "pytrec-eval-terrier",
@@ -49,7 +51,6 @@ setup(
         "cuda": ["jax[cuda12]", "faiss-gpu-cu12"],
         "tpu": ["jax[tpu]"],
         "data": ["importlib-resources", "tensorflow-datasets"],  # the second imports the first without asking for it
-        "llm": ["openai"],
         "fasttext": ["fasttext-wheel"],
         "test": [
             "fasttext-wheel",

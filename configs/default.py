@@ -81,6 +81,22 @@ def get_config():
     c.filters.relative_margin = placeholder(float)  # keep scores below s+ - m |s+|
     c.filters.percent_of_positive = placeholder(float)  # keep scores below p s+
 
+    c.llm = ConfigDict()  # the language model that judges and writes; any OpenAI-compatible server (docs/llm.md)
+    c.llm.base_url = ""  # e.g. http://localhost:8000/v1; empty: no model, the rule filters stand in
+    c.llm.model = ""  # as the server names it
+    c.llm.api_key_from = "OPENAI_API_KEY"  # environment variable that holds the server's key; unset: none is sent
+    c.llm.cache = ""  # directory of the log of all answers, which runs may share; empty: llm/ in the working directory
+    c.llm.concurrency = 16  # calls at a time
+    c.llm.requests_per_minute = placeholder(int)  # None: no limit
+    c.llm.timeout = 120.0  # seconds that one request may take
+    c.llm.retries = 5  # repetitions of a request that failed for a reason that may pass, with growing random pauses
+    c.llm.max_failures = 20  # calls given up in a row that stop the run
+    c.llm.max_calls = placeholder(int)  # requests, over all that the log holds; None: no limit; 0: replay the log
+    c.llm.max_tokens = placeholder(int)  # of prompts and replies together, over all that the log holds
+    c.llm.max_cost = placeholder(float)  # in the currency of the prices, over all that the log holds
+    c.llm.price_in, c.llm.price_out = 0.0, 0.0  # of a million tokens of prompts, and of replies
+    c.llm.extra_body = ""  # JSON object sent along, e.g. {"chat_template_kwargs": {"enable_thinking": false}}
+
     c.audit = ConfigDict()
     c.audit.rows = 20  # candidates a language in the sheet for people to judge; 0: none
 

@@ -46,8 +46,8 @@ class Stage:
 
 
 @contextlib.contextmanager
-def locked(workdir: pathlib.Path) -> Iterator[None]:
-    """Holds the working directory for this process; a second process is refused with the owner's pid.
+def locked(workdir: pathlib.Path, key: str = "--workdir") -> Iterator[None]:
+    """Holds a directory for this process; a second process is refused with the owner's pid. `key` is what names it.
 
     The kernel drops an flock with its process, so a killed run blocks nobody.
     """
@@ -55,7 +55,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+")  # noqa: SIM115 - closed below
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; name a directory that can be written") from error
+        raise UserError(f"{key} {workdir}: {error.strerror}; name a directory that can be written") from error
     with handle:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -63,7 +63,7 @@ def locked(workdir: pathlib.Path) -> Iterator[None]:
             handle.seek(0)
             owner = handle.read().strip() or "unknown"
             raise UserError(
-                f"--workdir {workdir} is in use by the process with pid {owner}; wait for it or choose another workdir"
+                f"{key} {workdir} is in use by the process with pid {owner}; wait for it or choose another directory"
             ) from None
         handle.truncate(0)
         handle.write(str(os.getpid()))
