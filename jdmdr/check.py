@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
+import urllib.parse
 
 from ml_collections import ConfigDict
 
@@ -50,8 +52,10 @@ SECTION_CHOICES = {
 AT_LEAST = {
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "topics.clusters": 1, "topics.iterations": 1,
+    "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
     "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip
+OPTIONAL_AT_LEAST = {"llm.requests_per_minute": 1, "llm.max_calls": 0, "llm.max_tokens": 0, "llm.max_cost": 0}
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
@@ -68,6 +72,10 @@ def check_config(config: ConfigDict) -> None:
     for key, least in [*AT_LEAST.items(), *((f"{s}.{k}", n) for s in sections for k, n in SECTION_AT_LEAST.items())]:
         if not _get(config, key) >= least:
             raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}")
+    for key, least in OPTIONAL_AT_LEAST.items():
+        if _get(config, key) is not None and not _get(config, key) >= least:
+            raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}, or None for no limit")
+    _check_llm(config.llm)
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
         _check_regexes(section, config[section])
@@ -97,6 +105,32 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(
             f"filters.{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers"
         )
+
+
+def _check_llm(llm: ConfigDict) -> None:
+    if not llm.timeout > 0:
+        raise UserError(f"llm.timeout is {llm.timeout!r}; it is a number of seconds above 0")
+    if llm.max_cost is not None and not (llm.price_in or llm.price_out):
+        raise UserError("llm.max_cost needs the prices of a million tokens; set llm.price_in and llm.price_out")
+    try:
+        body = json.loads(llm.extra_body or "{}")
+    except ValueError as error:
+        raise UserError(f"llm.extra_body is no JSON ({error}): {llm.extra_body!r}") from None
+    if not isinstance(body, dict):
+        raise UserError(f"llm.extra_body is {llm.extra_body!r}; it is a JSON object")
+    if not llm.base_url:
+        return
+    if not llm.model:
+        raise UserError("llm.model is empty; give the name by which the server at llm.base_url knows it")
+    try:
+        url = urllib.parse.urlsplit(llm.base_url)
+        usable = url.scheme in ("http", "https") and url.hostname and (url.port or True)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise UserError(f"llm.base_url is {llm.base_url!r}; it is an address such as http://localhost:8000/v1")
+    if url.username or url.password:
+        raise UserError("llm.base_url holds a name or password; put the key into the environment (llm.api_key_from)")
 
 
 def _check_objective(name: str, config: ConfigDict) -> None:

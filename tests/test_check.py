@@ -32,6 +32,12 @@ def test_recipes_pass(name, argument):
         ("filters.near_duplicate", 2.0),
         ("topics.scope", "batch"),
         ("topics.clusters", 0),
+        ("llm.concurrency", 0),
+        ("llm.max_calls", -1),
+        ("llm.max_cost", 1.0),
+        ("llm.timeout", 0.0),
+        ("llm.extra_body", "[1]"),
+        ("llm.extra_body", "{x"),
         ("train.policy", "foo"),
         ("train.decay", "cosine"),
         ("train.batch_size", 0),
@@ -70,3 +76,20 @@ def test_score_rules_need_an_encoder_among_the_retrievers():
     config.mine.retrievers = "bm25"
     with pytest.raises(UserError, match="filters.percent_of_positive compares the scores of an encoder"):
         check_config(config)
+
+
+@pytest.mark.parametrize(
+    "url, model, told",
+    [
+        ("http://localhost:8000/v1", "", "llm.model is empty"),
+        ("localhost:8000/v1", "m", "llm.base_url is 'localhost:8000/v1'"),
+        ("http://localhost:99999/v1", "m", "llm.base_url is"),
+        ("http://me:secret@host/v1", "m", "llm.base_url holds a name or password"),
+    ],
+)
+def test_a_servers_address_is_checked_before_any_work_and_a_password_in_it_is_not_repeated(url, model, told):
+    config = recipe()
+    config.llm.base_url, config.llm.model = url, model
+    with pytest.raises(UserError, match=told) as raised:
+        check_config(config)
+    assert "secret" not in str(raised.value)

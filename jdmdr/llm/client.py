@@ -15,6 +15,9 @@ import time
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
+import aiolimiter
+import httpx2
+import openai
 from ml_collections import ConfigDict
 
 from jdmdr import progress, workdir
@@ -27,7 +30,6 @@ Item, Result = TypeVar("Item"), TypeVar("Result")
 REJECTED = "rejected"  # finish of a call that the server will never take, such as one longer than its context
 FAILED = "failed"  # finish of a call that was given up after its repetitions; the only one that is asked again
 _ANSWERED = (400, 413, 422)  # statuses that say so of the call itself
-_UNREACHABLE = ("ConnectError", "ConnectTimeout")  # of httpx or httpx2, whichever the openai package stands on
 _CONNECT_SECONDS = 10.0
 NO_KEY = "none"  # what a server without keys is sent, since the openai package wants one
 
@@ -67,10 +69,7 @@ class Client:
     """
 
     def __init__(self, config: ConfigDict, log: Log, loop: asyncio.Runner):
-        import aiolimiter
-        import openai
-
-        self._openai, self._config, self.log, self._loop = openai, config, log, loop
+        self._config, self.log, self._loop = config, log, loop
         self.extra_body = json.loads(config.extra_body or "{}")
         totals = log.totals
         self.budget = Budget(config, Spending(totals.requests, totals.tokens_in + totals.tokens_out, totals.cost))
@@ -81,7 +80,9 @@ class Client:
         self._server = openai.AsyncOpenAI(
             base_url=config.base_url, api_key=self._secret or NO_KEY, max_retries=config.retries,
             timeout=openai.Timeout(config.timeout, connect=_CONNECT_SECONDS),
-            http_client=openai.DefaultAsyncHttpxClient(event_hooks={"request": [self._before_request]}),
+            http_client=openai.DefaultAsyncHttpxClient(
+                event_hooks={"request": [self._before_request], "response": [self._after_response]}
+            ),
         )  # fmt: skip
         self._takes_schemas: bool | None = None  # not known before the first call with one
         self._on_their_way: dict[str, asyncio.Task[Reply]] = {}
@@ -149,7 +150,6 @@ class Client:
         return reply
 
     async def _send(self, request: Request) -> Reply:
-        openai = self._openai
         schema = request.schema if self._takes_schemas is not False else None
         try:
             reply = await self._post(request, schema)
@@ -159,13 +159,11 @@ class Client:
             else:
                 reply = self._told(error)
         except openai.APIConnectionError as error:
-            if type(error.__cause__).__name__ in _UNREACHABLE:
+            if isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout)):
                 raise UserError(self._unreachable(error.__cause__)) from error
             if isinstance(error, openai.APITimeoutError):
                 return Reply(f"no answer within llm.timeout={self._config.timeout:g} seconds", FAILED)
             return Reply(f"the connection broke ({error.__cause__ or error})", FAILED)
-        except (openai.OpenAIError, ValueError, AttributeError, TypeError, LookupError) as error:
-            return Reply(f"the reply is no chat completion ({type(error).__name__})", FAILED)
         else:
             if schema and reply.finish != FAILED:
                 self._takes_schemas = True
@@ -175,7 +173,7 @@ class Client:
         """Whether it was the schema that the server did not take."""
         try:
             reply = await self._post(request, None)
-        except self._openai.APIStatusError:
+        except openai.APIStatusError:
             return self._told(first)
         if self._takes_schemas is None:
             progress.say("  the server takes no JSON schema; replies are read as text")
@@ -198,7 +196,7 @@ class Client:
         tokens_out = usage.completion_tokens if usage else estimate.tokens(text)
         return Reply(text, str(choice.finish_reason), int(tokens_in), int(tokens_out))
 
-    async def _before_request(self, http_request: Any) -> None:
+    async def _before_request(self, http_request: httpx2.Request) -> None:
         """Of every request, repetitions included: they wait for the rate limit and count to the budget."""
         counter = _sent.get()
         if counter.requests:
@@ -207,13 +205,23 @@ class Client:
             await self._limiter.acquire()
         counter.requests += 1
 
+    async def _after_response(self, response: httpx2.Response) -> None:
+        """Turns a body that is no chat completion into a broken connection, which the openai package tries again."""
+        if response.status_code == 200:
+            try:
+                message = json.loads(await response.aread())["choices"][0]["message"]
+            except (ValueError, LookupError, TypeError):
+                message = None
+            if not isinstance(message, dict):
+                raise httpx2.DecodingError("the reply is no chat completion", request=response.request)
+
     def _most(self, request: Request) -> Spending:
         tokens_in, tokens_out = estimate.most_tokens(_content(request)), request.params.get("max_tokens", 0)
         return Spending(1, tokens_in + tokens_out, self.budget.cost(tokens_in, tokens_out))
 
     # ---------------------------------------------------------------------------------------------- what goes wrong
 
-    def _told(self, error: Any) -> Reply:
+    def _told(self, error: openai.APIStatusError) -> Reply:
         """What a status of the server means: an answer to this call, a failure, or the end of the run."""
         status, said = error.status_code, self._said(error)
         c = self._config
@@ -222,6 +230,11 @@ class Client:
             raise UserError(
                 f"{c.base_url} answered {status}: the key in the environment variable {c.api_key_from} {found}; "
                 f"set it, or name another variable with llm.api_key_from ({said})"
+            ) from error
+        if error.code == "insufficient_quota":
+            raise UserError(
+                f"llm.base_url {c.base_url}: the account has nothing left ({said}); what was answered is kept, and the same "
+                "command goes on once it is topped up"
             ) from error
         if status == 404:
             raise UserError(
@@ -253,7 +266,7 @@ class Client:
         )
         return f"llm.base_url {self._config.base_url}: no server can be reached there ({error or type(error).__name__}); {kept}"
 
-    def _said(self, error: Any) -> str:
+    def _said(self, error: openai.APIStatusError) -> str:
         """The server's own words in a line, without the key."""
         body = error.body if isinstance(error.body, Mapping) else {}
         said = " ".join(str(body.get("message") or error.message).split())[:300]
