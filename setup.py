@@ -29,7 +29,7 @@ setup(
         "huggingface-hub",
         "jinja2",
         "jax>=0.10,<0.13",
-        "langcodes>=3.4",
+        "langcodes[data]>=3.4",
         "matplotlib",
         "ml-collections>=1.0",
         "numpy",

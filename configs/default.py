@@ -97,6 +97,20 @@ def get_config():
     c.llm.price_in, c.llm.price_out = 0.0, 0.0  # of a million tokens of prompts, and of replies
     c.llm.extra_body = ""  # JSON object sent along, e.g. {"chat_template_kwargs": {"enable_thinking": false}}
 
+    c.expand = (
+        ConfigDict()
+    )  # with a model: queries with fewer than mine.negatives are topped up with new queries' passages
+    c.expand.rounds = 3  # new queries written for a short query, one after another while it is short; 0: none
+    c.expand.depths = (
+        40,
+        100,
+        200,
+    )  # passages of a new query looked at; then, still short, of the old and the new ones
+    c.expand.temperature, c.expand.top_p = 0.7, 0.9  # of sampling
+    c.expand.prompt_tokens = 2048  # of the positive passage in the prompt, at 4 bytes each; the rest is cut off
+    c.expand.summary_tokens, c.expand.query_tokens = 256, 128  # of a reply, at most
+    c.expand.query_length = 64  # tokens of a new query, at most; a longer one is not searched for
+
     c.audit = ConfigDict()
     c.audit.rows = 20  # candidates a language in the sheet for people to judge; 0: none
 

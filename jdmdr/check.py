@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import urllib.parse
 
 from ml_collections import ConfigDict
 
-from jdmdr import retrievers, splits
+from jdmdr import requery, retrievers, splits
 from jdmdr.corpus import parse_fields
 from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
@@ -51,7 +52,8 @@ SECTION_CHOICES = {
 }
 AT_LEAST = {
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
-    "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "topics.clusters": 1, "topics.iterations": 1,
+    "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.prompt_tokens": 1,
+    "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
     "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
     "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip
@@ -76,6 +78,7 @@ def check_config(config: ConfigDict) -> None:
         if _get(config, key) is not None and not _get(config, key) >= least:
             raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}, or None for no limit")
     _check_llm(config.llm)
+    _check_expand(config.expand)
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
         _check_regexes(section, config[section])
@@ -99,6 +102,8 @@ def check_config(config: ConfigDict) -> None:
     if config.mine.fusion == CONCAT and not all(spec.dense for spec in ensemble):
         other = next(spec.name for spec in ensemble if not spec.dense)
         raise UserError(f"mine.fusion=concat joins vectors, and {other} has none; take it out, or choose rrf")
+    if config.llm.base_url and config.expand.rounds:
+        requery.askable(ensemble)
     rules_from_config(config.filters.to_dict())
     scored = [rule for rule in SCORE_RULES if config.filters[rule] is not None]
     if scored and not any(spec.dense for spec in ensemble):
@@ -131,6 +136,16 @@ def _check_llm(llm: ConfigDict) -> None:
         raise UserError(f"llm.base_url is {llm.base_url!r}; it is an address such as http://localhost:8000/v1")
     if url.username or url.password:
         raise UserError("llm.base_url holds a name or password; put the key into the environment (llm.api_key_from)")
+
+
+def _check_expand(expand: ConfigDict) -> None:
+    depths = tuple(expand.depths)
+    if not depths or depths[0] < 1 or any(b <= a for a, b in itertools.pairwise(depths)):
+        raise UserError(
+            f"expand.depths is {depths!r}; it is one rising number of passages or more, such as (40, 100, 200)"
+        )
+    if not 0 < expand.top_p <= 1:
+        raise UserError(f"expand.top_p is {expand.top_p!r}; it is a share above 0, at most 1")
 
 
 def _check_objective(name: str, config: ConfigDict) -> None:

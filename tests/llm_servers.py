@@ -14,6 +14,7 @@ import dataclasses
 import http.server
 import json
 import pathlib
+import re
 import socket
 import subprocess
 import threading
@@ -254,6 +255,34 @@ def faults(
         good = text if isinstance(text, str) else text(request)
         name = script[number] if number < len(script) else "text"
         return fault(name, request, good, delay=delay, retry_after=retry_after)
+
+    return answer
+
+
+# ------------------------------------------------------------------------------------------------------ planted labels
+
+
+def parts(request: Request) -> dict[str, str]:
+    """What stands between the tags of the last message."""
+    return dict(re.findall(r"<(\w+)>\n(.*?)\n</\1>", request.messages[-1]["content"], re.S))
+
+
+def oracle(
+    grade: Callable[[str, str], int],
+    summarise: Callable[[str, str], str] = lambda question, passage: " ".join(passage.split()[:20]),
+    ask: Callable[[str], str] = lambda summary: " ".join(summary.split()[:6]),
+) -> Answer:
+    """Answers every prompt of the LLM stages.
+
+    `grade(question, candidate)` is both criteria of the judge; a summary is made of (question, passage), a query of the summary.
+    """
+
+    def answer(request: Request, number: int) -> str:
+        found = parts(request)
+        if "candidate" in found:
+            label = grade(found["question"], found["candidate"])
+            return json.dumps({"accuracy": label, "completeness": label})
+        return ask(found["summary"]) if "summary" in found else summarise(found["question"], found["passage"])
 
     return answer
 

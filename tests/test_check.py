@@ -38,6 +38,10 @@ def test_recipes_pass(name, argument):
         ("llm.timeout", 0.0),
         ("llm.extra_body", "[1]"),
         ("llm.extra_body", "{x"),
+        ("expand.rounds", -1),
+        ("expand.depths", ()),
+        ("expand.depths", (40, 40)),
+        ("expand.top_p", 0.0),
         ("train.policy", "foo"),
         ("train.decay", "cosine"),
         ("train.batch_size", 0),
@@ -93,3 +97,11 @@ def test_a_servers_address_is_checked_before_any_work_and_a_password_in_it_is_no
     with pytest.raises(UserError, match=told) as raised:
         check_config(config)
     assert "secret" not in str(raised.value)
+
+
+def test_new_queries_need_a_retriever_that_can_search_for_them():
+    config = recipe()
+    config.llm.base_url, config.llm.model = "http://localhost:8000/v1", "m"
+    config.mine.retrievers, config.filters.percent_of_positive = "run:a.trec", None
+    with pytest.raises(UserError, match="no retriever of mine.retrievers can search for a new query"):
+        check_config(config)

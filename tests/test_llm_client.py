@@ -169,7 +169,7 @@ def test_what_may_pass_is_repeated(tmp_path, fault):
         assert client.log.totals.requests == 2
 
 
-@pytest.mark.parametrize("fault, finish", [("refusal", "stop"), ("filtered", "content_filter"), ("empty", "stop"),
+@pytest.mark.parametrize("fault, finish", [("refusal", llm.REFUSED), ("filtered", "content_filter"), ("empty", "stop"),
                                            ("length", "length"), ("too long", llm.REJECTED)])  # fmt: skip
 def test_refusals_cut_replies_and_what_is_too_long_are_answers(tmp_path, fault, finish):
     with serve(faults(*[fault] * 9)) as server:

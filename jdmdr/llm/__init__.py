@@ -20,10 +20,10 @@ key, `llm.max_failures` failures in a row, or the budget (`BudgetSpent`). docs/l
 """
 
 from jdmdr.llm.budget import BudgetSpent
-from jdmdr.llm.client import FAILED, REJECTED, Client, Reply, Request, open_client
+from jdmdr.llm.client import FAILED, REFUSED, REJECTED, Client, Reply, Request, open_client
 from jdmdr.llm.estimate import Ask, Plan
 from jdmdr.llm.parse import json_object
 
 __all__ = [
-    "FAILED", "REJECTED", "Ask", "BudgetSpent", "Client", "Plan", "Reply", "Request", "json_object", "open_client",
+    "FAILED", "REFUSED", "REJECTED", "Ask", "BudgetSpent", "Client", "Plan", "Reply", "Request", "json_object", "open_client",
 ]  # fmt: skip

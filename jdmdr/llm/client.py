@@ -29,6 +29,7 @@ from jdmdr.types import UserError
 Item, Result = TypeVar("Item"), TypeVar("Result")
 REJECTED = "rejected"  # finish of a call that the server will never take, such as one longer than its context
 FAILED = "failed"  # finish of a call that was given up after its repetitions; the only one that is asked again
+REFUSED = "refusal"  # finish of a reply that is a refusal; its text is the model's words for it
 _ANSWERED = (400, 413, 422)  # statuses that say so of the call itself
 _CONNECT_SECONDS = 10.0
 NO_KEY = "none"  # what a server without keys is sent, since the openai package wants one
@@ -48,7 +49,7 @@ class Request(NamedTuple):
 
 class Reply(NamedTuple):
     text: str  # "" for a refusal without words, and for what was rejected or failed
-    finish: str  # stop, length, ... as the server says; REJECTED or FAILED
+    finish: str  # stop, length, ... as the server says; REFUSED, REJECTED or FAILED
     tokens_in: int = 0
     tokens_out: int = 0
 
@@ -190,11 +191,13 @@ class Client:
             **request.params, **form,
         )  # fmt: skip
         choice = found.choices[0]
-        text = choice.message.content or getattr(choice.message, "refusal", None) or ""
+        refusal = getattr(choice.message, "refusal", None)
+        text = choice.message.content or refusal or ""
         usage = found.usage
         tokens_in = usage.prompt_tokens if usage else estimate.tokens(_content(request))
         tokens_out = usage.completion_tokens if usage else estimate.tokens(text)
-        return Reply(text, str(choice.finish_reason), int(tokens_in), int(tokens_out))
+        finish = REFUSED if refusal else str(choice.finish_reason)
+        return Reply(text, finish, int(tokens_in), int(tokens_out))
 
     async def _before_request(self, http_request: httpx2.Request) -> None:
         """Of every request, repetitions included: they wait for the rate limit and count to the budget."""
