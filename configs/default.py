@@ -23,7 +23,8 @@ def get_config():
     c.data = ConfigDict()
     c.data.root = TINYPEDIA  # directory with corpus/, topics/, qrels/ and perhaps train/ (docs/data.md)
     c.data.langs = ""  # comma-separated; empty: all that are found
-    c.data.fields = "title,text"  # of a passage's JSON object, joined by a blank, that are its text
+    c.data.fields = "title,text"  # of a passage's row, that are its text
+    c.data.separator = " "  # between the fields
     c.data.splits = ""  # NAME=TOPICS:QRELS:CORPUS, ... (docs/evaluation.md); empty: all that are found, own corpus
     c.data.valid_share = (
         0.1  # share of the articles whose train queries are held out: they choose checkpoint and hybrid
@@ -143,6 +144,7 @@ def get_config():
 
     c.evaluate = ConfigDict()
     c.evaluate.depth = 100  # hits a query
+    c.evaluate.measures = ""  # beside ndcg@10, recall@100, mrr@10 and map, e.g. msmarco_mrr@10,recall(rel=2)@1000
     c.evaluate.hybrid = "minmax"  # fusion of the trained encoder with BM25: rrf | zscore | minmax
     c.evaluate.bootstrap = 1000  # samples of the 95 % interval
 

@@ -15,6 +15,7 @@ from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
 from jdmdr.index import SEARCHERS
 from jdmdr.index.fusion import METHODS
+from jdmdr.metrics import parse_measure, parse_measures
 from jdmdr.mine import CONCAT
 from jdmdr.objectives import OBJECTIVES
 from jdmdr.objectives.contrastive import MODES
@@ -92,6 +93,12 @@ def check_config(config: ConfigDict) -> None:
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
     parse_fields(config.data.fields)
+    for measure in parse_measures(config.evaluate.measures):
+        cut = parse_measure(measure)[-1]
+        if cut and cut > config.evaluate.depth:
+            raise UserError(
+                f"evaluate.measures has {measure}, but evaluate.depth keeps {config.evaluate.depth} hits; raise it"
+            )
     splits.parse(config.data.splits)
     ensemble = retrievers.parse(config.mine.retrievers)
     if config.mine.weights and len(config.mine.weights) != len(ensemble):

@@ -5,7 +5,7 @@
     python -m jdmdr.compare runs/a runs/a --system=bm25,dmdr  a system of the first, another of the second
 
     --system NAME[,NAME]   a system of metrics.json; two names: one for each
-    --measure NAME,...     of ndcg@10, recall@100, mrr@10, map; ndcg@10 by default
+    --measure NAME,...     of ndcg@10, recall@100, mrr@10, map, and what evaluate.measures added; ndcg@10 by default
     --seed N               of the tests' random numbers; 0 by default
 
 A directory is a working directory, or one that jdmdr.score wrote. The difference is the second less the first. p is that
@@ -21,9 +21,9 @@ from typing import Any
 from absl import flags
 from tabulate import tabulate
 
-from jdmdr import cli, reading, significance
+from jdmdr import cli, metrics, reading, significance
 from jdmdr.metrics import AVERAGE
-from jdmdr.scores import MEASURES, QUERIES, Scores, qrels_file, queries_file, read_queries
+from jdmdr.scores import QUERIES, Scores, qrels_file, queries_file, read_queries
 from jdmdr.significance import Comparison
 from jdmdr.types import UserError
 from jdmdr.workdir import MANIFEST, read_json
@@ -49,6 +49,8 @@ def compare(
         for name, scores, home in zip(names, (first, second), homes, strict=True):
             if name not in scores.values:
                 raise UserError(f"{home} has no system {name!r}; there are: {', '.join(scores.values)}")
+            if missing := [measure for measure in measures if measure not in scores.measures]:
+                raise UserError(f"--measure: {missing[0]!r} is none of {', '.join(scores.measures)}, which {home} has")
         of_a, of_b = first.table()[names[0]], second.table()[names[1]]
         for measure in measures:
             values = first.values[names[0]][measure], second.values[names[1]][measure]
@@ -123,14 +125,6 @@ def mark(found: Comparison) -> str:
     return "**" if found.p_corrected < 0.01 else "*" if found.p_corrected < 0.05 else ""
 
 
-def listed(text: str, choices: Sequence[str], flag: str) -> list[str]:
-    """A flag's names, separated by commas."""
-    names = [name.strip() for name in text.split(",")]
-    if wrong := [name for name in names if name not in choices]:
-        raise UserError(f"--{flag} is {text!r}; {wrong[0]!r} is none of {', '.join(choices)}")
-    return names
-
-
 def main() -> None:
     flags.DEFINE_string("system", "", "A system of both, or one of each, separated by a comma.")
     flags.DEFINE_string("measure", "ndcg@10", "Measures, separated by commas.")
@@ -149,7 +143,7 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
     if len(given) > 2:
         raise UserError(f"--system is {values.system!r}; it is one name, or one for each directory")
     systems = (given[0], given[-1]) if given else None
-    measures = listed(values.measure, MEASURES, "measure")
+    measures = metrics.parse_measures(values.measure)
     found = compare(a, b, systems, measures, values.seed)
     names = systems or (trained(evaluation(a)), trained(evaluation(b)))
     print("\n".join(lines(found, (f"{names[0]} of {a}", f"{names[1]} of {b}"))))

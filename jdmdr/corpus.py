@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 import mmap
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -181,13 +181,15 @@ def ingest(lang: str, files: LanguageFiles, out_dir: Path) -> IngestReport:
 
 
 def write_passages(
-    lang: str, files: LanguageFiles, out_dir: Path, fields: Sequence[str] = reading.FIELDS
-) -> IngestReport:
-    """Writes the passages and their ids; texts are streamed, ids are held. A passage's text is its `fields`
+    lang: str, files: LanguageFiles, out_dir: Path, fields: Sequence[str] = reading.FIELDS,
+    separator: str = reading.BLANK,
+) -> IngestReport:  # fmt: skip
+    """Writes the passages and their ids; texts are streamed, ids are held. A passage's text is its `fields`, joined
     (`reading.passages`)."""
     report = IngestReport()
     out_dir.mkdir(parents=True, exist_ok=True)
-    _write_passages(lang, files.corpus, out_dir, report, fields)
+    rows = functools.partial(reading.passages, fields=fields, separator=separator)
+    _write_passages(lang, files.corpus, out_dir, report, rows)
     return report
 
 
@@ -211,11 +213,13 @@ def write_queries(
 # ---------------------------------------------------------------------------------------------------------- passages
 
 
-def _write_passages(lang: str, paths: list[Path], out_dir: Path, report: IngestReport, fields: Sequence[str]) -> None:
+def _write_passages(
+    lang: str, paths: list[Path], out_dir: Path, report: IngestReport, read: Callable[[Path], Iterable[Passage]]
+) -> None:
     passage_ends, docid_ends, digests = array.array("q", [0]), array.array("q", [0]), bytearray()
     with open(out_dir / "passages.jsonl", "wb") as passages, open(out_dir / "docids.txt", "wb") as docids:
         for path in paths:
-            for passage in reading.passages(path, fields):
+            for passage in read(path):
                 row = {"docid": passage.docid, "title": passage.title, "text": passage.text}
                 passage_ends.append(passage_ends[-1] + passages.write(_to_json(row).encode() + b"\n"))
                 docid_ends.append(docid_ends[-1] + docids.write(passage.docid.encode() + b"\n"))

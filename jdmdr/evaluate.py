@@ -19,7 +19,7 @@ from jdmdr.language_bias import average, language_bias
 from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
 from jdmdr.metrics import Qrels, Run
 from jdmdr.retrievers import BM25, Retriever
-from jdmdr.splits import POOLED, TRAINING, Split, Target
+from jdmdr.splits import NONE, POOLED, TRAINING, Split, Target
 from jdmdr.types import NO_HIT, Hits
 from jdmdr.workdir import write_json
 
@@ -38,11 +38,13 @@ def evaluate(
     """Evaluates `systems` (BM25 first, the trained encoder last) and their hybrid on every split.
 
     Writes `SPLIT.SYSTEM.LANG.trec`, `SPLIT.LANG.qrels`, the tables of `scores.write`, and for the splits over several
-    languages `language_bias.json`. Languages without judged queries are left out of the averages. A language of a split
+    languages `language_bias.json`. Languages without judged queries are left out of the averages; a split whose judgments
+    are `none` has runs alone. A language of a split
     whose runs are all there is not searched again.
     """
     weight = _hybrid_weight(library, training, systems[-1], retrievers, config)
     names = (*systems, HYBRID)
+    more = metrics.parse_measures(config.measures)
     found: dict[str, scores.Scores] = {}
     bias: dict[str, Any] = {}
     work = [(split, lang) for split in splits for lang in library.langs]
@@ -59,12 +61,14 @@ def evaluate(
             runs = {name: metrics.read_run(path) for name, path in paths.items()}
         else:
             runs = _search(library, target, systems, retrievers, config, weight, paths)
+        if split.qrels == NONE:
+            continue
         metrics.write_qrels(out_dir / scores.qrels_file(split.name, lang), target.qrels)
-        found.setdefault(split.name, scores.Scores()).add(lang, target.qrels, runs)
+        found.setdefault(split.name, scores.Scores(more)).add(lang, target.qrels, runs)
         if split.corpus in POOLED:
             for name, figures in _bias(target, runs, config.depth).items():
                 bias.setdefault(split.name, {}).setdefault(name, {})[lang] = figures
-    if not found:
+    if not found and all(split.qrels != NONE for split in splits):
         progress.say("  nothing to evaluate: no split but train has both topics and qrels (topics/{lang}.{split}.tsv)")
     for line in sorted(left_out):
         progress.say(f"  {line}: left out")

@@ -1,4 +1,4 @@
-"""Retrieval metrics as trec_eval defines them, their averages and intervals, and TREC run files."""
+"""Retrieval metrics as trec_eval and MS MARCO define them, their averages and intervals, and run files."""
 
 from __future__ import annotations
 
@@ -15,39 +15,80 @@ from jdmdr.types import NO_HIT, Hits, UserError
 
 Qrels = dict[str, dict[str, int]]  # qid -> docid -> relevance
 Run = dict[str, dict[str, float]]  # qid -> docid -> score
+Ranks = dict[str, dict[str, int]]  # qid -> docid -> rank, from 1
 
 AVERAGE = "avg"  # the macro average's name among the languages
 
-_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "recall": "recall_{}", "mrr": "recip_rank"}
+LONGEST = 1000  # ranks a query that MS MARCO's script reads
+
+_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "recall": "recall_{}", "mrr": "recip_rank", "map": "map"}
+_MEASURE = re.compile(r"(ndcg|msmarco_mrr|(?:recall|mrr|map)(?:\(rel=[1-9]\))?)(?:@([1-9]\d*))?")
 _BLOCK = 1 << 22  # values drawn at once
 
 
 def evaluate_run(
-    qrels: Qrels, run: Run, measures: Sequence[str] = ("ndcg@10", "recall@100", "mrr@10", "map")
+    qrels: Qrels,
+    run: Run,
+    measures: Sequence[str] = ("ndcg@10", "recall@100", "mrr@10", "map"),
+    ranks: Ranks | None = None,
 ) -> dict[str, dict[str, float]]:
-    """{measure: {qid: value}} by trec_eval (pytrec_eval), for every query of the qrels.
+    """{measure: {qid: value}} for every query of the qrels.
 
-    The mean of the values is that of `trec_eval -c`: a query absent from the run counts 0, and so does one without a
-    relevant judgment; queries that only the run has are left out. Measures are ndcg@k, recall@k, mrr@k and map;
-    relevance counts from 1.
-
+    ndcg@k (linear gain), recall@k, mrr@k and map are trec_eval's (pytrec_eval). The mean of the values is that of
+    `trec_eval -c`: a query absent from the run counts 0, and so does one without a relevant judgment; queries that only
+    the run has are left out. Relevance counts from 1, or from R in recall(rel=R)@k, mrr(rel=R)@k and map(rel=R).
     trec_eval holds scores as float32 and orders equal ones by docid, descending. float32 scores that differ, as in
     `Hits`, keep their order; among equal ones docids decide here, not rows.
+
+    msmarco_mrr@k is that of MS MARCO's script: one over the rank of the first relevant passage, as the ranks are given,
+    and the mean over the queries of the reference. `ranks` are those of a run in its form (`read_ranks`); without them a
+    query's hits are ranked by score, equal ones as they stand.
     """
     scores = {qid: {docid: float(score) for docid, score in run.get(qid, {}).items()} for qid in qrels}
     values = {}
     for measure in measures:
-        match = re.fullmatch(r"(ndcg|recall|mrr)@([1-9]\d*)|map", measure)
-        if not match:
-            raise UserError(f"measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k and map, such as ndcg@10")
-        kind, depth = match.groups()
-        name = _TREC_NAMES[kind].format(depth) if kind else "map"
+        kind, level, depth = parse_measure(measure)
+        if kind == "msmarco_mrr":
+            given = {qid: hit_ranks(hits) for qid, hits in scores.items()} if ranks is None else ranks
+            values[measure] = {qid: _reciprocal_rank(of, given.get(qid, {}), depth) for qid, of in qrels.items()}
+            continue
+        name = _TREC_NAMES[kind].format(depth)
         seen = scores
         if kind == "mrr":
-            seen = {qid: {docid: hits[docid] for docid in ranked(hits, int(depth))} for qid, hits in scores.items()}
-        results = pytrec_eval.RelevanceEvaluator(qrels, {name}).evaluate(seen)
+            seen = {qid: {docid: hits[docid] for docid in ranked(hits, depth)} for qid, hits in scores.items()}
+        results = pytrec_eval.RelevanceEvaluator(qrels, {name}, relevance_level=level).evaluate(seen)
         values[measure] = {qid: results[qid][name] for qid in qrels}
     return values
+
+
+def parse_measure(measure: str) -> tuple[str, int, int | None]:
+    """Kind, least relevance and cut of a measure; raises UserError for what is none."""
+    match = _MEASURE.fullmatch(measure)
+    if not match or (match[1].startswith("map") != (match[2] is None)):
+        raise UserError(
+            f"measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k, map and msmarco_mrr@k, such as ndcg@10; "
+            "recall(rel=2)@k, mrr(rel=2)@k and map(rel=2) count relevance from 2"
+        )
+    kind, _, level = match[1].partition("(rel=")
+    return kind, int(level.rstrip(")") or 1), int(match[2]) if match[2] else None
+
+
+def parse_measures(text: str) -> tuple[str, ...]:
+    """Measures separated by commas, each once."""
+    names = tuple(dict.fromkeys(filter(None, (name.strip() for name in text.split(",")))))
+    for name in names:
+        parse_measure(name)
+    return names
+
+
+def hit_ranks(hits: Mapping[str, float]) -> dict[str, int]:
+    """{docid: rank} by score; equal scores as they stand."""
+    return {docid: rank for rank, docid in enumerate(sorted(hits, key=hits.__getitem__, reverse=True), 1)}
+
+
+def _reciprocal_rank(judged: Mapping[str, int], ranks: Mapping[str, int], depth: int) -> float:
+    first = min((ranks[docid] for docid, rel in judged.items() if rel > 0 and docid in ranks), default=depth + 1)
+    return 1 / first if first <= depth else 0.0
 
 
 def ranked(hits: Mapping[str, float], depth: int) -> list[str]:
@@ -129,9 +170,14 @@ def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
     os.replace(partial, path)
 
 
-def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
-    """{qid: {docid: score}} of a TREC run; raises `UserError` with the line on a malformed one or a repeated docid."""
-    run: dict[str, dict[str, float]] = {}
+def read_run(path: str | os.PathLike) -> Run:
+    """{qid: {docid: score}} of a TREC run, or of a run in MS MARCO's form, whose scores are one over the rank.
+
+    Raises `UserError` with the line on a malformed one, and on a docid that a TREC run repeats.
+    """
+    if in_msmarco_form(path):
+        return {qid: {docid: 1 / rank for docid, rank in of.items()} for qid, of in read_ranks(path)[0].items()}
+    run: Run = {}
     for number, line in lines(path):
         fields = line.split()
         if len(fields) != 6:
@@ -151,3 +197,32 @@ def read_run(path: str | os.PathLike) -> dict[str, dict[str, float]]:
             raise UserError(f"{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line")
         hits[docid] = value
     return run
+
+
+def in_msmarco_form(path: str | os.PathLike) -> bool:
+    """Whether the first line of a run has the three fields of MS MARCO's form, qid, docid, rank."""
+    return len(next(iter(lines(path)), (0, ""))[1].split()) == 3
+
+
+def read_ranks(path: str | os.PathLike) -> tuple[Ranks, int]:
+    """{qid: {docid: rank}} of a run in MS MARCO's form as its script reads one, and how often a query repeats a docid.
+
+    The last of several lines for one rank counts, and of a repeated docid the first rank; ranks may have gaps. Raises
+    `UserError` with the line on a malformed one, and on a rank beyond `LONGEST`, where the script gives up too.
+    """
+    places: dict[str, dict[int, str]] = {}
+    for number, line in lines(path):
+        fields = line.split()
+        if len(fields) != 3:
+            raise UserError(
+                f"{path}, line {number}: found {len(fields)} fields instead of the 3 of an MS MARCO run, qid docid rank"
+            )
+        qid, docid, rank = fields
+        if not re.fullmatch(r"[0-9]{1,9}", rank) or not 1 <= int(rank) <= LONGEST:
+            raise UserError(f"{path}, line {number}: the rank is {rank!r}; ranks are whole numbers from 1 to {LONGEST}")
+        places.setdefault(qid, {})[int(rank)] = docid
+    ranks: Ranks = {}
+    for qid, of in places.items():
+        for rank in sorted(of):
+            ranks.setdefault(qid, {}).setdefault(of[rank], rank)
+    return ranks, sum(len(of) - len(ranks[qid]) for qid, of in places.items())

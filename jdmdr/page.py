@@ -82,6 +82,7 @@ def gather(recipe: Recipe) -> dict[str, Any]:
 def _split(recipe: Recipe, split: str, found: dict[str, Any]) -> dict[str, Any]:
     systems = found["metrics"][split]["systems"]
     names = [s for s in ("bm25", "warmup", recipe.config.name, "hybrid") if s in systems]
+    measures = scores.in_order(systems[names[0]])
     langs = sorted({lang for of in systems.values() for lang in of["ndcg@10"]} - {AVERAGE})
     tests = found["significance"].get(split, {})
 
@@ -98,11 +99,10 @@ def _split(recipe: Recipe, split: str, found: dict[str, Any]) -> dict[str, Any]:
         marks = [(MARKS[base], test["difference"] < 0) for base, test in against.items() if test["p_corrected"] < ALPHA]
         return {"value": systems[system][measure][lang], "marks": marks, "note": "; ".join(notes)}
 
-    measures = [m for m in TITLES if m in systems[names[0]]]
     return {
         "name": split,
         "systems": names,
-        "measures": [(m, TITLES[m]) for m in measures],
+        "measures": [(m, TITLES.get(m, m)) for m in measures],
         "averages": [
             {"system": s, "cells": [cell(s, m, AVERAGE) for m in measures], "intervals": found["intervals"][split][s],
              "unjudged": {m: of[AVERAGE] for m, of in found["judged"].get(split, {}).get(s, {}).items()}}

@@ -25,6 +25,8 @@ FIELDS = ("title", "text")  # of a passage, that are its text
 TREC = ["qid", "Q0", "docid", "rel"]
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 PASSAGE_FIELDS = {"docid": "text", "_id": "text", "id": "contents"}  # id and text: MIRACL; BEIR; Mr. TyDi, Pyserini
+TSV_FIELDS = {2: ("docid", "text"), 4: ("docid", "url", "title", "text")}  # MS MARCO's passages; its documents
+BLANK = " "
 
 OnError = Callable[[UserError], None] | None  # what is told of a line that cannot be read; None: the error is raised
 Record = TypeVar("Record")
@@ -69,21 +71,24 @@ def lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator
         raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
 
 
-def passages(path: Path, fields: Sequence[str] = FIELDS) -> Iterator[Passage]:
+def passages(path: Path, fields: Sequence[str] = FIELDS, separator: str = BLANK) -> Iterator[Passage]:
     """Streams the passages of a corpus shard; a title that is absent or null is empty.
 
     A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
-    are the title, an empty line and the text. The text is the `fields` but the title joined by one blank; without
-    "title" among them the title is empty.
+    are the title, an empty line and the text; in a .tsv file `docid TAB text` or `docid TAB url TAB title TAB text` (MS
+    MARCO), without the blanks at a field's end. The text is the `fields` joined by `separator`. A title that is the first
+    of them and is followed by a blank stands apart as the passage's title.
     """
-    return (passage for _, passage in numbered_passages(path, fields=fields))
+    return (passage for _, passage in numbered_passages(path, fields=fields, separator=separator))
 
 
 def numbered_passages(
-    path: Path, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None, fields: Sequence[str] = FIELDS
-) -> Iterator[tuple[int, Passage]]:
+    path: Path, on_error: OnError = None, on_bytes: Callable[[int], None] | None = None,
+    fields: Sequence[str] = FIELDS, separator: str = BLANK,
+) -> Iterator[tuple[int, Passage]]:  # fmt: skip
     """As `passages`, each with the number of its line."""
-    return _records(path, functools.partial(_passage, fields), on_error, on_bytes)
+    row_of = _tsv_row if ".tsv" in path.suffixes else _object
+    return _records(path, functools.partial(_passage, fields, separator, row_of), on_error, on_bytes)
 
 
 def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
@@ -102,7 +107,7 @@ def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
 
 
 def topics(path: Path, on_error: OnError = None) -> list[Query]:
-    """Reads topics, `qid TAB query`, each qid once."""
+    """Reads topics, `qid TAB query`, each qid once; blanks at a query's end are no part of it."""
     first: dict[str, int] = {}
 
     def topic(line: str, path: Path, number: int) -> Query:
@@ -111,7 +116,7 @@ def topics(path: Path, on_error: OnError = None) -> list[Query]:
             raise bad_line(path, number, f"{len(fields)} TAB-separated fields where 2 are expected: qid TAB query")
         _check_id(fields[0], "qid", path, number)
         _once(first, fields[0], "qid", path, number)
-        return Query(*fields)
+        return Query(fields[0], fields[1].rstrip())
 
     return [topic for _, topic in _records(path, topic, on_error)]
 
@@ -188,15 +193,28 @@ def _records(
             yield number, record
 
 
-def _passage(fields: Sequence[str], line: str, path: Path, number: int) -> Passage:
-    row = _object(line, path, number)
+def _passage(
+    fields: Sequence[str], separator: str, row_of: Callable[[str, Path, int], dict[str, Any]], line: str, path: Path,
+    number: int,
+) -> Passage:  # fmt: skip
+    row = row_of(line, path, number)
     key = next((key for key in PASSAGE_FIELDS if key in row), "docid")
     docid, text = _id(row, key, path, number), _string(row, PASSAGE_FIELDS[key], path, number)
     title = "" if row.get("title") is None else _string(row, "title", path, number)
     if PASSAGE_FIELDS[key] == "contents" and "title" not in row:
         title, _, text = text.partition("\n\n") if "\n\n" in text else ("", "", text)
-    texts = [text if field == "text" else _string(row, field, path, number) for field in fields if field != "title"]
-    return Passage(docid, title if "title" in fields else "", " ".join(texts))
+    apart = fields[0] == "title" and separator == BLANK
+    known = {"title": title, "text": text}
+    texts = [known[name] if name in known else _string(row, name, path, number) for name in fields[apart:]]
+    return Passage(docid, title if apart else "", separator.join(texts))
+
+
+def _tsv_row(line: str, path: Path, number: int) -> dict[str, Any]:
+    values = [value.rstrip() for value in line.split("\t")]
+    if len(values) not in TSV_FIELDS:
+        forms = " or ".join(" TAB ".join(names) for names in TSV_FIELDS.values())
+        raise bad_line(path, number, f"{len(values)} TAB-separated fields where {forms} is expected")
+    return dict(zip(TSV_FIELDS[len(values)], values, strict=True))
 
 
 def _judgment(line: str, form: list[str], path: Path, number: int) -> tuple[str, str, int]:

@@ -74,7 +74,7 @@ class Recipe(Workspace):
         needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
         elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
         every = [
-            Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields}, files=tuple(raw)),
+            Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
             *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
@@ -109,7 +109,7 @@ class Recipe(Workspace):
             if not (out_dir / lang).exists():
                 partial = out_dir / f".{lang}.partial"
                 _empty(partial)
-                report = corpus.write_passages(lang, files, partial, fields)
+                report = corpus.write_passages(lang, files, partial, fields, self.config.data.separator)
                 workdir.write_json(partial / "passages.json", dataclasses.asdict(report))
                 partial.rename(out_dir / lang)
         counts = {}

@@ -3,12 +3,13 @@
     python -m jdmdr.score 'runs/bm25.{lang}.trec' 'runs/mine.{lang}.trec' --qrels='DIR/qrels/{lang}.dev.tsv'
 
     --qrels FILE     TREC judgments
+    --measures LIST  beside ndcg@10, recall@100, mrr@10 and map (docs/evaluation.md), such as msmarco_mrr@10,recall@1000
     --out DIR        writes there what jdmdr.evaluate writes into evaluate/, for jdmdr.compare and for programs
     --split NAME     the split's name in those files; "runs" by default
     --seed N         of the tests' random numbers; 0 by default
 
-In the paths {lang} stands for the language; without it there is one, called "all". A run is named by NAME=PATH, or by its
-file name. Prints per language and on average the measures and the share of unjudged passages, and tests each run against
+In the paths {lang} stands for the language; without it there is one, called "all". A run is a TREC run, or in MS MARCO's
+form, `qid docid rank`; it is named by NAME=PATH, or by its file name. Prints per language and on average the measures and the share of unjudged passages, and tests each run against
 those before it, as jdmdr.compare does. A query that a run lacks counts 0.
 """
 
@@ -17,11 +18,12 @@ from __future__ import annotations
 import glob
 import pathlib
 import re
+from collections.abc import Sequence
 
 from absl import flags
 from tabulate import tabulate
 
-from jdmdr import cli, metrics, reading, scores, significance
+from jdmdr import cli, metrics, progress, reading, scores, significance
 from jdmdr.compare import cells
 from jdmdr.metrics import AVERAGE
 from jdmdr.types import UserError
@@ -47,8 +49,10 @@ def find(pattern: str) -> dict[str, pathlib.Path]:
     return found
 
 
-def read(patterns: dict[str, str], qrels_pattern: str) -> tuple[scores.Scores, dict[str, metrics.Qrels], list[str]]:
-    """The scores of the runs `{name: path}` over the languages that all of them have, the judgments, and the languages
+def read(
+    patterns: dict[str, str], qrels_pattern: str, more: Sequence[str] = ()
+) -> tuple[scores.Scores, dict[str, metrics.Qrels], list[str]]:
+    """The scores, `more` measures among them, of the runs `{name: path}` over the languages that all of them have, the judgments, and the languages
     that only the judgments have. Raises UserError where one run has a language that another lacks."""
     qrels_paths = find(qrels_pattern)
     runs = {name: find(pattern) for name, pattern in patterns.items()}
@@ -60,7 +64,7 @@ def read(patterns: dict[str, str], qrels_pattern: str) -> tuple[scores.Scores, d
             )
     if missing := sorted({*langs} - {*qrels_paths}):
         raise UserError(f"--qrels={qrels_pattern}: there are none of {', '.join(missing)}, which the runs have")
-    made, judged = scores.Scores(), {}
+    made, judged = scores.Scores(more), {}
     for lang in langs:
         judged[lang] = reading.qrels(qrels_paths[lang])[0]
         if not judged[lang]:
@@ -71,21 +75,31 @@ def read(patterns: dict[str, str], qrels_pattern: str) -> tuple[scores.Scores, d
                 raise UserError(f"{runs[name][lang]} answers no query of {qrels_paths[lang]} (its first is "
                                 f"{next(iter(run), None)!r}, the judgments' {next(iter(judged[lang]))!r}); give the run of "
                                 "that split")  # fmt: skip
-        made.add(lang, judged[lang], found)
+        made.add(lang, judged[lang], found, {name: ranks for name in found if (ranks := _ranks(runs[name][lang]))})
     return made, judged, sorted({*qrels_paths} - {*langs})
+
+
+def _ranks(path: pathlib.Path) -> metrics.Ranks | None:
+    """The ranks of a run in MS MARCO's form; None of another."""
+    if not metrics.in_msmarco_form(path):
+        return None
+    ranks, repeated = metrics.read_ranks(path)
+    if repeated:
+        progress.say(f"{path}: {repeated} ranks repeat a passage of their query; its first rank counts")
+    return ranks
 
 
 def lines(made: scores.Scores, seed: int) -> list[str]:
     """The tables for a terminal."""
     means, unjudged = made.table(), made.unjudged_table()
-    columns = (*scores.MEASURES, *scores.UNJUDGED)
+    columns = (*made.measures, *scores.UNJUDGED)
     out = []
     for system, of in means.items():
         of = {**of, **unjudged.get(system, {})}
         rows = [[lang, str(len(made.qids[lang])), *(_cell(of.get(m, {}), lang) for m in columns)] for lang in made.qids]
         rows += [["average", str(sum(map(len, made.qids.values()))), *(_cell(of.get(m, {}), AVERAGE) for m in columns)]]
         out += [system, tabulate(rows, ["lang", "queries", *columns], disable_numparse=True, stralign="right"), ""]
-    for measure, by_system in significance.table(made.values, scores.TESTED, seed).items():
+    for measure, by_system in significance.table(made.values, made.tested, seed).items():
         rows = [
             [system, baseline, *cells(found[AVERAGE])]
             for system, of in by_system.items()
@@ -102,6 +116,7 @@ def _cell(of: dict[str, float], lang: str) -> str:
 
 def main() -> None:
     flags.DEFINE_string("qrels", "", "TREC judgments.")
+    flags.DEFINE_string("measures", "", "More measures, separated by commas.")
     flags.DEFINE_string("out", "", "Directory to write the figures to.")
     flags.DEFINE_string("split", "runs", "The split's name in the files.")
     flags.DEFINE_integer("seed", 0, "Of the tests' random numbers.", lower_bound=0)
@@ -122,7 +137,7 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
         if name in patterns:
             raise UserError(f"two runs are called {name!r}; name them, as in a={patterns[name]} b={pattern}")
         patterns[name] = pattern
-    made, judged, spare = read(patterns, values.qrels)
+    made, judged, spare = read(patterns, values.qrels, metrics.parse_measures(values.measures))
     if values.out:
         out_dir = pathlib.Path(values.out)
         try:

@@ -1,8 +1,9 @@
 """Named splits: which queries, judged by which qrels, are searched in which corpus.
 
-    data.splits = "clean=clean:test:pool,mono=test:mono:own,to_en=test:test:en,dev"
+    data.splits = "clean=clean:test:pool,mono=test:mono:own,to_en=test:test:en,lead=lead:none:own,dev"
 
-A split is NAME=TOPICS:QRELS:CORPUS; NAME alone is NAME=NAME:NAME:own. The corpus is
+A split is NAME=TOPICS:QRELS:CORPUS; NAME alone is NAME=NAME:NAME:own. With `none` as qrels there are runs and no figures,
+such as for a leaderboard. The corpus is
 
     own       the query's own language: monolingual
     CODE      one language, for the queries of all others: cross-lingual
@@ -28,6 +29,7 @@ from jdmdr.types import Passage, UserError
 
 OWN, POOL, PARALLEL = "own", "pool", "parallel"
 POOLED = (POOL, PARALLEL)
+NONE = "none"  # the qrels of queries that nobody has judged, or whose judgments are kept from us
 
 
 class Split(NamedTuple):
@@ -70,7 +72,7 @@ def resolve(text: str, files: Mapping[str, LanguageFiles]) -> list[Split]:
     wanted = parse(text)
     corpora = {OWN, *POOLED, *files}
     for split in wanted:
-        for kind, name, there in (("topics", split.topics, topics), ("qrels", split.qrels, qrels),
+        for kind, name, there in (("topics", split.topics, topics), ("qrels", split.qrels, qrels | {NONE}),
                                   ("corpus", split.corpus, corpora)):  # fmt: skip
             if name not in there:
                 raise UserError(f"data.splits: {split.name} names the {kind} {name!r}; there are: "
@@ -132,8 +134,10 @@ class Target:
         """The split's judgments of the language's queries, by the names above.
 
         A judged passage of a corpus that is not searched is left out. One of no corpus stays, and counts as not
-        retrieved.
+        retrieved. Of unjudged queries (`NONE`) every one has an empty set.
         """
+        if self.split.qrels == NONE:
+            return {qid: {} for qid in self.library.queries(self.lang, self.split.topics)[0]}
         judged = self.library.qrels(self.lang, self.split.qrels)
         asked = set(self.library.queries(self.lang, self.split.topics)[0])
         judged = {qid: of_query for qid, of_query in judged.items() if qid in asked}

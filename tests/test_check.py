@@ -58,6 +58,7 @@ def test_recipes_pass(name, argument):
         ("encode.dimensions", -1),
         ("encode.dtype", "float8"),
         ("evaluate.hybrid", "foo"),
+        ("evaluate.measures", "msmarco_mrr@10,recall@1000"),
     ],
 )
 def test_a_value_that_no_stage_could_use_is_told_with_its_key(key, value):

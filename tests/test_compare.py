@@ -85,7 +85,7 @@ def test_what_cannot_be_compared_is_told(tmp_path, b, systems, says):
 
 
 @pytest.mark.parametrize("flags, says", [
-    (("--system=a,b,c",), "--system is 'a,b,c'"), (("--measure=ndcg",), "--measure is 'ndcg'"), (("C",), "3 directories"),
+    (("--system=a,b,c",), "--system is 'a,b,c'"), (("--measure=ndcg",), "measure is 'ndcg'"), (("C",), "3 directories"),
 ])  # fmt: skip
 def test_a_wrong_command_line_gets_one_sentence_and_exit_code_2(command, tmp_path, flags, says):
     result = command("jdmdr.compare", tmp_path, tmp_path, *flags)

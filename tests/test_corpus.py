@@ -371,9 +371,11 @@ def test_judged_passages_of_another_language_do_not_dangle(tmp_path):
 def test_the_fields_of_a_passage_are_those_named(tmp_path):
     path = tmp_path / "corpus.jsonl"
     path.write_text('{"docid": "1", "title": "T", "text": "t", "context": "around t"}\n')
-    for fields, passage in [("title,text", ("T", "t")), ("text", ("", "t")), ("text, context", ("", "t around t")),
-                            ("context,title", ("T", "around t"))]:  # fmt: skip
-        assert list(reading.passages(path, corpus.parse_fields(fields))) == [Passage("1", *passage)]
+    for fields, separator, passage in [
+        ("title,text", " ", ("T", "t")), ("text", " ", ("", "t")), ("text, context", " ", ("", "t around t")),
+        ("context,title", " ", ("", "around t T")), ("title,text", "<sep>", ("", "T<sep>t")), ("title,text", "", ("", "Tt")),
+    ]:  # fmt: skip
+        assert list(reading.passages(path, corpus.parse_fields(fields), separator)) == [Passage("1", *passage)]
     with pytest.raises(UserError, match="line 1: the field 'contxt' is missing .*context"):
         list(reading.passages(path, ("text", "contxt")))
     for fields in ("", "title", "text,,context", "text,text"):

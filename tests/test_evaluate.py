@@ -273,6 +273,34 @@ def test_runs_that_are_there_are_not_searched_again(finished, evaluated, tmp_pat
     }
 
 
+def test_measures_that_are_added_are_written_and_tested_and_unjudged_queries_have_runs_alone(
+    finished, evaluated, tmp_path
+):
+    from jdmdr import scores, splits
+
+    asked = splits.resolve("test,lead=dev:none:own", finished.files)
+    counts = run(finished, tmp_path, splits=asked, measures="msmarco_mrr@10,recall(rel=2)@10")
+    assert counts["splits"] == ["test"]
+    for lang in ("en", "sw"):
+        lead, dev = (
+            metrics.read_run(where / f"{split}.bm25.{lang}.trec")
+            for where, split in ((tmp_path, "lead"), (evaluated[1], "dev"))
+        )
+        assert list(lead) == finished.library.queries(lang, "dev")[0] and {q: lead[q] for q in dev} == dev
+        assert not (tmp_path / scores.qrels_file("lead", lang)).exists()
+    table = json.loads((tmp_path / "metrics.json").read_text())
+    assert list(table) == ["test"]
+    for of in table["test"]["systems"].values():
+        assert of["msmarco_mrr@10"] == pytest.approx(of["mrr@10"], abs=0.02) and of["recall(rel=2)@10"]["avg"] == 0
+    tests, intervals = (
+        json.loads((tmp_path / f"{name}.json").read_text())["test"] for name in ("significance", "intervals")
+    )
+    assert {*tests} == {*intervals["bm25"]} == {"ndcg@10", "recall@100", "msmarco_mrr@10", "recall(rel=2)@10"}
+    again = scores.read_queries(tmp_path / scores.queries_file("test"))
+    assert again.measures == (*scores.MEASURES, "msmarco_mrr@10", "recall(rel=2)@10")
+    assert scores.averages(tmp_path).split("\n")[0].split()[-1] == "recall(rel=2)@10"
+
+
 # --- an evaluation without training ----------------------------------------------------------------------------------
 
 

@@ -4,7 +4,15 @@ import math
 import numpy as np
 import pytest
 
-from jdmdr.metrics import bootstrap_interval, evaluate_run, macro_average, read_run, write_run
+from jdmdr.metrics import (
+    bootstrap_interval,
+    evaluate_run,
+    macro_average,
+    parse_measures,
+    read_ranks,
+    read_run,
+    write_run,
+)
 from jdmdr.types import NO_HIT, Hits, UserError
 
 QRELS = {"q1": {"a": 1, "b": 1, "x": 0}, "q2": {"c": 2, "d": 1}, "q3": {"e": 1}, "q4": {"f": 0}}
@@ -108,4 +116,71 @@ def test_a_malformed_run_is_refused_with_its_line(tmp_path, line, message):
     path = tmp_path / "run"
     path.write_text(f"q1 Q0 d1 1 0.9 tag\n{line}\n")
     with pytest.raises(UserError, match=message):
+        read_run(path)
+
+
+# --------------------------------------------------------------------------------------------------------- MS MARCO
+
+
+def msmarco_script(reference, candidates, cut):
+    """MS MARCO's evaluation as its script goes about it: a list of 1000 places a query, 0 where nothing stands."""
+    relevant, places, total = {}, {}, 0.0
+    for qid, docid in reference:
+        relevant.setdefault(qid, []).append(docid)
+    for qid, docid, rank in candidates:
+        places.setdefault(qid, [0] * 1000)[rank - 1] = docid
+    for qid in places.keys() & relevant.keys():
+        for place in range(cut):
+            if places[qid][place] in relevant[qid]:
+                total += 1 / (place + 1)
+                break
+    return total / len(relevant)
+
+
+@pytest.mark.parametrize("cut", [10, 100])
+def test_msmarco_mrr_is_the_scripts_with_gaps_repeated_passages_and_ranks_given_twice(tmp_path, cut):
+    rng = np.random.default_rng(cut)
+    reference = [(f"{q}", f"D{d}") for q in range(40) for d in rng.choice(60, rng.integers(1, 4), replace=False)]
+    candidates = [
+        (f"{q}", f"D{d}", int(rank))
+        for q in range(3, 45)  # three queries lack a run, five a judgment
+        for d, rank in zip(rng.integers(0, 60, 80), rng.integers(1, 121, 80), strict=True)
+    ]
+    path = tmp_path / "run.tsv"
+    path.write_text("".join("\t".join(map(str, row)) + "\n" for row in candidates))
+    qrels = {}
+    for qid, docid in reference:
+        qrels.setdefault(qid, {})[docid] = 1
+    ranks, repeated = read_ranks(path)
+    assert repeated > 0
+    values = evaluate_run(qrels, read_run(path), [f"msmarco_mrr@{cut}"], ranks)[f"msmarco_mrr@{cut}"]
+    expected = msmarco_script(reference, candidates, cut)
+    assert sum(values.values()) / len(qrels) == pytest.approx(expected, abs=1e-12) and 0 < expected < 1
+
+
+def test_msmarco_mrr_of_a_run_with_scores_ranks_equal_ones_as_they_stand():
+    run = {"q": {"b": 1.0, "c": 1.0, "a": 2.0}}
+    values = evaluate_run({"q": {"c": 1}, "p": {"a": 1}}, run, ["msmarco_mrr@10", "msmarco_mrr@2", "mrr@10"])
+    assert values == {
+        "msmarco_mrr@10": {"q": 1 / 3, "p": 0}, "msmarco_mrr@2": {"q": 0, "p": 0}, "mrr@10": {"q": 1 / 2, "p": 0}
+    }  # fmt: skip
+
+
+def test_relevance_counts_from_the_grade_that_a_measure_names():
+    qrels, run = {"q": {"a": 1, "b": 2, "c": 3, "d": 0}}, {"q": {"a": 3.0, "d": 2.0, "b": 1.0}}
+    measures = "recall@10, recall(rel=2)@10,mrr(rel=2)@10,map(rel=3),ndcg@10,recall@10"
+    values = {m: of["q"] for m, of in evaluate_run(qrels, run, parse_measures(measures)).items()}
+    ideal = 3 + 2 / np.log2(3) + 1 / 2
+    assert values == pytest.approx({"recall@10": 2 / 3, "recall(rel=2)@10": 1 / 2, "mrr(rel=2)@10": 1 / 3, "map(rel=3)": 0,
+                                    "ndcg@10": (1 + 2 / 2) / ideal})  # fmt: skip
+
+
+@pytest.mark.parametrize("line, says", [
+    ("q d", "found 2 fields instead of the 3"), ("q\td\t0", "rank is '0'"), ("q\td\t1.0", "rank is '1.0'"),
+    ("q\td\t1001", "rank is '1001'; ranks are whole numbers from 1 to 1000"),
+])  # fmt: skip
+def test_a_malformed_or_too_long_msmarco_run_is_refused_with_its_line(tmp_path, line, says):
+    path = tmp_path / "run.tsv"
+    path.write_text(f"q\te\t1\n{line}\n")
+    with pytest.raises(UserError, match=rf"line 2: .*{says}"):
         read_run(path)

@@ -47,6 +47,24 @@ def test_the_command_prints_writes_and_tests_against_the_first(command, files):
     assert scores.read_queries(files / "out" / "dev.queries.tsv").qids == {"en": ["q1", "q2"], "sw": ["q1"]}
 
 
+def test_a_run_in_msmarco_form_is_scored_by_the_ranks_it_gives(command, files):
+    (files / "m.en.tsv").write_text("q1\tb\t1\nq1\ta\t3\nq1\ta\t4\n")
+    result = command("jdmdr.score", f"{files}/m.en.tsv", f"{files}/x.en.trec", f"--qrels={files}/en.dev.tsv",
+                     f"--out={files}/out", "--measures=msmarco_mrr@10,recall@1000")  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert "m.en.tsv: 1 ranks repeat a passage of their query" in result.stderr
+    of = json.loads((files / "out" / "metrics.json").read_text())["runs"]["systems"]["m.en"]
+    assert of["msmarco_mrr@10"]["all"] == pytest.approx(1 / 3 / 2, abs=1e-6)  # two queries are judged
+    assert of["mrr@10"]["all"] == 0.25 and of["recall@1000"]["all"] == 0.5  # trec_eval knows the order alone
+    result = command("jdmdr.compare", files / "out", files / "out", "--system=m.en,x.en", "--measure=msmarco_mrr@10")
+    assert result.returncode == 0 and "runs, msmarco_mrr@10" in result.stdout
+    result = command("jdmdr.compare", files / "out", files / "out", "--system=m.en,x.en", "--measure=ndcg@5")
+    assert (
+        result.returncode == 2
+        and "'ndcg@5' is none of ndcg@10, recall@100, mrr@10, map, msmarco_mrr@10" in result.stderr
+    )
+
+
 @pytest.mark.parametrize("runs, qrels, says", [
     (["nope.{lang}"], "{lang}.dev.tsv", "no file has such a name"),
     (["nope"], "{lang}.dev.tsv", "there is no such file"),

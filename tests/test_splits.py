@@ -91,7 +91,7 @@ def test_one_file_with_the_queries_of_all_splits_has_those_that_are_judged(uniqu
 
 @pytest.mark.parametrize("text, says", [
     ("x=tset:test:own", "x names the topics 'tset'; there are: clean, test"),
-    ("x=test:clean:own", "the qrels 'clean'; there are: mono, test"),
+    ("x=test:clean:own", "the qrels 'clean'; there are: mono, none, test"),
     ("x=test:test:fr", "the corpus 'fr'; there are: en, own, parallel, pool, sw, th"),
     ("dev", "the topics 'dev'"),
 ])  # fmt: skip

@@ -24,6 +24,24 @@ MRTYDI_LANGUAGES = {
     "korean": "ko", "russian": "ru", "swahili": "sw", "telugu": "te", "thai": "th",
 }  # fmt: skip
 
+MSMARCO = {  # file -> kind, split
+    "collection.tsv": ("corpus", ""),
+    "queries.train.tsv": ("topics", "train"),
+    "qrels.train.tsv": ("qrels", "train"),
+    "queries.dev.small.tsv": ("topics", "dev"),
+    "qrels.dev.small.tsv": ("qrels", "dev"),
+    "queries.eval.small.tsv": ("topics", "lead"),
+    "2019qrels-pass.txt": ("qrels", "test"),
+    "msmarco-docs.tsv": ("corpus", ""),
+    "msmarco-doctrain-queries.tsv": ("topics", "train"),
+    "msmarco-doctrain-qrels.tsv": ("qrels", "train"),
+    "msmarco-docdev-queries.tsv": ("topics", "dev"),
+    "msmarco-docdev-qrels.tsv": ("qrels", "dev"),
+    "docleaderboard-queries.tsv": ("topics", "lead"),
+    "2019qrels-docs.txt": ("qrels", "test"),
+    "msmarco-test2019-queries.tsv": ("topics", "test"),  # of passages and of documents
+}
+
 
 def plain(root: Path) -> Iterator[Entry]:
     """`corpus/LANG.jsonl` or `corpus/LANG/*.jsonl`, `topics|qrels/LANG.SPLIT.tsv`, `train/LANG.jsonl`; all also .gz."""
@@ -99,7 +117,15 @@ def beir(root: Path) -> Iterator[Entry]:
                 yield "qrels", lang, match[1], [path]
 
 
-LAYOUTS = {"plain": plain, "miracl": miracl, "mrtydi": mrtydi, "beir": beir}
+def msmarco(root: Path) -> Iterator[Entry]:
+    """The published names of MS MARCO's passages or documents (Bajaj et al., 2016), https://microsoft.github.io/msmarco,
+    and of the TREC 2019 Deep Learning track (Craswell et al., 2020), whose judgments are `test`; `lead` has none."""
+    for path in _listing(root):
+        if found := MSMARCO.get(path.name.removesuffix(".gz")):
+            yield found[0], "en", found[1], [path]
+
+
+LAYOUTS = {"plain": plain, "miracl": miracl, "mrtydi": mrtydi, "beir": beir, "msmarco": msmarco}
 
 
 def _listing(directory: Path) -> list[Path]:
