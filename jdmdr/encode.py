@@ -33,13 +33,11 @@ def _compiled(encoder: Any) -> Callable:
     return jax.jit(encoder.apply)
 
 
-class Embedder:
-    """Turns token sequences into float32 embeddings, in length order and in blocks of a few fixed shapes."""
+class InBlocks:
+    """Applies an encoder to any number of token sequences, in length order and in blocks of a few fixed shapes."""
 
-    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int, side: str):
-        """`side` is query or passage: it chooses the tower."""
+    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int):
         self._mesh = mesh
-        self._tower = functools.partial(encoder.tower, side=side)
         self._widths = [w for w in WIDTHS if w < max_length] + [max_length]
         self._tokens_per_block = TOKENS_PER_BLOCK.get(jax.default_backend(), TOKENS_PER_BLOCK["gpu"])
         self._apply = _compiled(encoder)
@@ -55,24 +53,36 @@ class Embedder:
             yield order[start : start + rows], width, rows
             start += rows
 
-    def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
-        """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
-        params = self._tower(params)
+    def apply(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
+        """What the encoder gives, float32 with an entry a row, for the sequences at `rows` of a token source."""
         lengths = source.lengths(rows)
         parts, places = [], []
         for positions, width, size in self.blocks(lengths):
             tokens = source.gather(rows[positions], width)
-            padded = Tokens(*(np.pad(x, ((0, size - len(positions)), (0, 0))) for x in tokens))
+            padded = jax.tree.map(lambda x, rows=size - len(positions): np.pad(x, ((0, rows), (0, 0))), tokens)
             out = self._apply(params, parallel.put_batch(padded, self._mesh))
             parts.append(out[: len(positions)])
             places.append(positions)
         if not parts:
-            width = jax.eval_shape(self._apply, params, Tokens(*(np.zeros((1, 1), np.int32),) * 2)).shape[1]
-            return np.zeros((0, width), np.float32)
-        embeddings = np.concatenate([np.asarray(part) for part in parts])
-        out = np.empty_like(embeddings)
-        out[np.concatenate(places)] = embeddings
+            shape = jax.eval_shape(self._apply, params, Tokens(*(np.zeros((1, 1), np.int32),) * 2)).shape
+            return np.zeros((0, *shape[1:]), np.float32)
+        found = np.concatenate([np.asarray(part) for part in parts])
+        out = np.empty_like(found)
+        out[np.concatenate(places)] = found
         return out
+
+
+class Embedder(InBlocks):
+    """Turns token sequences into float32 embeddings."""
+
+    def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int, side: str):
+        """`side` is query or passage: it chooses the tower."""
+        super().__init__(encoder, mesh, max_length)
+        self._tower = functools.partial(encoder.tower, side=side)
+
+    def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
+        """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
+        return self.apply(self._tower(params), source, rows)
 
 
 def embed_texts(embedder: Embedder, params: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

@@ -67,8 +67,12 @@ def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, 
             f"tokenizer.name has {vocab_size} tokens, but {section.name} has vectors for {config.vocab_size}; leave "
             "tokenizer.name empty to use the checkpoint's own tokenizer"
         )
-    dtype = section.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    return dataclasses.replace(config, dtype=dtype, remat=section.remat), params
+    return dataclasses.replace(config, dtype=matmul_dtype(section.dtype), remat=section.remat), params
+
+
+def matmul_dtype(wanted: str) -> str:
+    """The dtype of matmuls: as wanted, or what the devices are fast at."""
+    return wanted or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
 
 
 def _idf(passages: TokenStore, vocab_size: int) -> np.ndarray:

@@ -13,6 +13,7 @@ import io
 import os
 import pathlib
 from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
@@ -20,6 +21,9 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jdmdr.types import Tokens, UserError
 from jdmdr.workdir import atomic, write_json
+
+if TYPE_CHECKING:
+    import transformers
 
 PAD, UNKNOWN = "<pad>", "<unk>"
 # No token of a real vocabulary is longer than this on average; what lies beyond would be truncated anyway.
@@ -95,6 +99,11 @@ def _quiet_stderr():
 
 def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
     """Writes the tokenizer of a Hugging Face checkpoint (hub name or directory) to `out_dir`, with its fast backend."""
+    load_pretrained(name_or_dir).save_pretrained(out_dir)
+
+
+def load_pretrained(name_or_dir: str) -> transformers.PreTrainedTokenizerBase:
+    """The tokenizer of a Hugging Face checkpoint (hub name or directory); raises UserError if it has no fast backend."""
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch is no news here
     import transformers
 
@@ -117,7 +126,7 @@ def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
         raise UserError(
             f"no tokenizer can be loaded from {name_or_dir!r} (it has no vocabulary); add its tokenizer.json"
         )
-    tokenizer.save_pretrained(out_dir)
+    return tokenizer
 
 
 class Tokenizer:

@@ -51,7 +51,11 @@ class Hits(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """A block of token sequences, padded on the right. `mask` is 1 on real tokens."""
+    """A block of token sequences, padded on the right. `mask` is 1 on real tokens.
+
+    `segments` tell the texts of a pair apart where an encoder has vectors for that; None is 0 everywhere.
+    """
 
     ids_BxT: np.ndarray  # int32
     mask_BxT: np.ndarray  # int32
+    segments_BxT: np.ndarray | None = None  # int32

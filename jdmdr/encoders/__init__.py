@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 from jdmdr.encoders.bi_encoder import SIDES, BiEncoder, add_head, truncate, untie
 from jdmdr.encoders.config import Encoder, EncoderConfig, Params
+from jdmdr.encoders.cross_encoder import CrossEncoder, load_cross_encoder
 from jdmdr.encoders.pretrained import load_pretrained
 from jdmdr.encoders.static import StaticEncoder
 from jdmdr.encoders.transformer import TransformerEncoder
@@ -18,8 +19,8 @@ ENCODERS: dict[str, Callable[[EncoderConfig], Encoder]] = {
     "transformer": TransformerEncoder,
 }
 
-__all__ = ["ENCODERS", "SIDES", "BiEncoder", "Encoder", "EncoderConfig", "Params", "add_head", "build",
-           "load_pretrained", "truncate", "untie"]  # fmt: skip
+__all__ = ["ENCODERS", "SIDES", "BiEncoder", "CrossEncoder", "Encoder", "EncoderConfig", "Params", "add_head", "build",
+           "load_cross_encoder", "load_pretrained", "truncate", "untie"]  # fmt: skip
 
 
 def build(config: EncoderConfig) -> BiEncoder:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -62,6 +62,13 @@ LAYER_DENSE = {
     "ffn_out": "output.dense",
 }
 LAYER_NORM = {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"}
+# The head of a sequence classifier: a dense layer over the first token, tanh, and a score a label.
+ROBERTA_HEAD = {"head/dense": "classifier.dense", "head/out": "classifier.out_proj"}
+HEADS = {
+    "bert": {"head/dense": "pooler.dense", "head/out": "classifier"},
+    "roberta": ROBERTA_HEAD,
+    "xlm-roberta": ROBERTA_HEAD,
+}
 
 PREFIX = re.compile(r"^(bert|roberta)\.")
 # Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
@@ -69,8 +76,11 @@ NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(pos
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
-def tensor_names(layers: int) -> Iterator[tuple[str, str, bool]]:
-    """(our slash-joined path, the checkpoint's tensor name, whether it is stored transposed) of every parameter."""
+Names = Iterator[tuple[str, str, bool]]  # our slash-joined path, the checkpoint's tensor name, whether it is transposed
+
+
+def tensor_names(layers: int) -> Names:
+    """The names of every parameter of an encoder."""
     for ours, theirs in TABLES.items():
         yield f"embeddings/{ours}", f"embeddings.{theirs}.weight", False
     norms = {"embeddings/norm": "embeddings.LayerNorm"}
@@ -81,6 +91,13 @@ def tensor_names(layers: int) -> Iterator[tuple[str, str, bool]]:
         norms |= {f"layer_{i}/{ours}": f"encoder.layer.{i}.{theirs}" for ours, theirs in LAYER_NORM.items()}
     for ours, theirs in norms.items():
         yield f"{ours}/scale", f"{theirs}.weight", False
+        yield f"{ours}/bias", f"{theirs}.bias", False
+
+
+def head_names(family: str) -> Names:
+    """The names of every parameter of a sequence classifier's head."""
+    for ours, theirs in HEADS[family].items():
+        yield f"{ours}/kernel", f"{theirs}.weight", True
         yield f"{ours}/bias", f"{theirs}.bias", False
 
 
@@ -163,13 +180,45 @@ def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
     Raises:
       UserError: missing or unexpected tensors, or a wrong shape, by name.
     """
+    return _nest(_encoder_leaves(directory, config, _own_tensors(directory)))
+
+
+def read_classifier(directory: pathlib.Path, config: EncoderConfig) -> Params:
+    """As `read_params`, of a sequence classifier: with `head` beside the encoder's own, for as many labels as it has.
+
+    Raises:
+      UserError: a checkpoint without such a head; and as `read_params`.
+    """
+    names = list(head_names(config.family))
+    tensors = _own_tensors(directory, keep=[theirs for _, theirs, _ in names])
+    if missing := {theirs for _, theirs, _ in names} - tensors.keys():
+        raise UserError(
+            f"the checkpoint in {directory} has no head for sequence classification (it lacks {_some(missing)}); name "
+            "that of a cross-encoder"
+        )
+    head = {theirs: tensors.pop(theirs) for _, theirs, _ in names}
+    labels = len(head[f"{HEADS[config.family]['head/out']}.bias"])
+    shapes: dict[str, tuple[int, ...]] = {}
+    for part, width in (("head/dense", config.width), ("head/out", labels)):
+        shapes |= {f"{part}/kernel": (config.width, width), f"{part}/bias": (width,)}
+    return _nest(_encoder_leaves(directory, config, tensors) | _leaves(directory, head, names, shapes))
+
+
+def _own_tensors(directory: pathlib.Path, keep: Sequence[str] = ()) -> dict[str, np.ndarray]:
+    """The tensors of a checkpoint by their present names without prefix; of its heads those in `keep` alone."""
     tensors = {}
     for name, tensor in read_tensors(directory).items():
         name = PREFIX.sub("", name)
         for old, new in OLD_NAMES.items():
             name = name.replace(old, new)
-        if not NOT_OURS.match(name):
+        if name in keep or not NOT_OURS.match(name):
             tensors[name] = tensor
+    return tensors
+
+
+def _encoder_leaves(
+    directory: pathlib.Path, config: EncoderConfig, tensors: dict[str, np.ndarray]
+) -> dict[str, jax.Array]:
     names = list(tensor_names(config.layers))
     expected = {theirs for _, theirs, _ in names}
     for problem, found in (("lacks", expected - tensors.keys()), ("has unexpected", tensors.keys() - expected)):
@@ -178,22 +227,36 @@ def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
                 f"the checkpoint in {directory} {problem} {_some(found)}; it is not the "
                 f"{config.family} encoder of its config.json"
             )
-    shapes = _shapes(config)
-    params: dict[str, Any] = {}
+    return _leaves(directory, tensors, names, _shapes(config))
+
+
+def _leaves(
+    directory: pathlib.Path, tensors: dict[str, np.ndarray], names: Iterable[tuple[str, str, bool]],
+    shapes: Mapping[str, tuple[int, ...]],
+) -> dict[str, jax.Array]:  # fmt: skip
+    """Our parameters by path, float32; raises UserError on a wrong shape."""
+    leaves = {}
     for ours, theirs, transposed in names:
-        tensor = tensors.pop(theirs)
+        tensor = tensors.pop(theirs)  # freed once copied
         tensor = tensor.T if transposed else tensor
         if tensor.shape != shapes[ours]:
             raise UserError(
                 f"{theirs} in {directory} has shape {_as_stored(tensor.shape, transposed)}, but its config.json "
                 f"asks for {_as_stored(shapes[ours], transposed)}; the two files do not belong together"
             )
-        *parents, leaf = ours.split("/")
+        # A copy, because on CPU jnp.asarray may share the memory of a mapped file.
+        leaves[ours] = jnp.array(tensor, jnp.float32)
+    return leaves
+
+
+def _nest(leaves: Mapping[str, jax.Array]) -> Params:
+    params: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, last = path.split("/")
         node = params
         for parent in parents:
             node = node.setdefault(parent, {})
-        # A copy, because on CPU jnp.asarray may share the memory of a mapped file.
-        node[leaf] = jnp.array(tensor, jnp.float32)
+        node[last] = leaf
     return params
 
 

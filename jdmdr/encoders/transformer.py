@@ -44,7 +44,8 @@ class Embeddings(nn.Module):
             x_BxTxD += position[:T]
         else:  # padding keeps the padding id's own row
             x_BxTxD += position[jnp.cumsum(tokens.mask_BxT, axis=1) * tokens.mask_BxT + c.pad_token_id]
-        x_BxTxD += table("type", c.type_vocab)[0]
+        type_ = table("type", c.type_vocab)
+        x_BxTxD += type_[0] if tokens.segments_BxT is None else type_[tokens.segments_BxT]
         x_BxTxD = LayerNorm(c.layer_norm_eps, name="norm")(x_BxTxD).astype(c.dtype)
         return nn.Dropout(c.hidden_dropout)(x_BxTxD, deterministic=deterministic)
 
@@ -101,7 +102,7 @@ class TransformerEncoder:
             raise UserError(
                 f"a text has {T} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
             )
-        tokens = Tokens(*map(jnp.asarray, tokens))
+        tokens = jax.tree.map(jnp.asarray, tokens)
         rngs = None if rng is None else {"dropout": rng}
         hidden_BxTxD = Transformer(c).apply({"params": params}, tokens, rng is None, rngs=rngs).astype(jnp.float32)
         if output == "tokens":

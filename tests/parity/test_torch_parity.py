@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jdmdr import encoders, lora, peft
+from jdmdr import encoders, lora, pairs, parallel, peft
 from jdmdr.encoders.config import EncoderConfig
 from jdmdr.export import export
 from jdmdr.tokenizer import copy_pretrained, train_unigram
@@ -124,6 +124,30 @@ def test_what_sentence_transformers_saved_gives_the_same_embeddings_here(tmp_pat
         for side in encoders.SIDES:
             found = embed(config, params, tmp_path / f"{name}-tokenizer", TEXTS, 20, side)
             np.testing.assert_allclose(found, expected[f"{name}/{side}"], atol=1e-5, err_msg=f"{name}/{side}")
+
+
+def test_cross_encoders_score_as_transformers_and_sentence_transformers_do(tmp_path):
+    length = 24
+    queries, passages = ["w5 w17 w3", "w9", " ".join(f"w{i}" for i in range(14))], [*TEXTS, LONG, ""]
+    pairs_N = [(query, passage) for query in queries for passage in passages]
+    (tmp_path / "pairs.json").write_text(json.dumps(pairs_N))
+    run_with_torch("classify_with_torch.py", tmp_path / "pairs.json", length, tmp_path)
+    expected = dict(np.load(tmp_path / "scores.npz"))
+    assert len(expected) == 10
+    for name, logits_NxL in expected.items():
+        label = logits_NxL.shape[1] - 1
+        section = SimpleNamespace(name=str(tmp_path / name), label=f"label-{label}", length=length)
+        scorer = pairs.Scorer(section, "float32", parallel.data_mesh())
+        query_N, passage_N = (np.ravel(x) for x in np.indices((len(queries), len(passages))))
+        found_N = scorer.score(scorer.queries(queries), query_N, passages, passage_N)
+        odds_N = logits_NxL[:, label]
+        if label:
+            p_NxL = np.exp(logits_NxL) / np.exp(logits_NxL).sum(axis=1, keepdims=True)
+            odds_N = np.log(p_NxL[:, label] / (1 - p_NxL[:, label]))
+        # sentence-transformers cuts the longer of the two texts, which here is the passage but for the last query
+        same = slice(12) if name == "cross-encoder" else slice(None)
+        np.testing.assert_allclose(found_N[same], odds_N[same], atol=2e-5, err_msg=name)
+        assert np.ptp(odds_N) > 0.1
 
 
 def test_peft_adds_our_adapters_to_the_checkpoint_as_we_do(tmp_path):
