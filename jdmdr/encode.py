@@ -59,7 +59,8 @@ class InBlocks:
         parts, places = [], []
         for positions, width, size in self.blocks(lengths):
             tokens = source.gather(rows[positions], width)
-            padded = jax.tree.map(lambda x, rows=size - len(positions): np.pad(x, ((0, rows), (0, 0))), tokens)
+            missing = ((0, size - len(positions)), (0, 0))
+            padded = jax.tree.map(functools.partial(np.pad, pad_width=missing), tokens)
             out = self._apply(params, parallel.put_batch(padded, self._mesh))
             parts.append(out[: len(positions)])
             places.append(positions)

@@ -9,7 +9,8 @@
     --seed N         of the tests' random numbers; 0 by default
 
 In the paths {lang} stands for the language; without it there is one, called "all". A run is a TREC run, or in MS MARCO's
-form, `qid docid rank`; it is named by NAME=PATH, or by its file name. Prints per language and on average the measures and the share of unjudged passages, and tests each run against
+form, `qid docid rank`; it is named by NAME=PATH, or by its file name, or by its directory where the language is all that the
+file is called. Prints per language and on average the measures and the share of unjudged passages, and tests each run against
 those before it, as jdmdr.compare does. A query that a run lacks counts 0.
 """
 
@@ -133,7 +134,8 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
     patterns: dict[str, str] = {}
     for word in words:
         name, pattern = re.fullmatch(r"(?:([\w.-]+)=)?(.*)", word, re.DOTALL).groups()
-        name = name or pathlib.Path(pattern.replace(f".{LANG}", "").replace(LANG, "")).stem or pattern
+        path = pathlib.Path(pattern.replace(f".{LANG}", "").replace(LANG, ""))
+        name = name or (path.parent.name if path.name.startswith(".") else path.stem) or pattern
         if name in patterns:
             raise UserError(f"two runs are called {name!r}; name them, as in a={patterns[name]} b={pattern}")
         patterns[name] = pattern

@@ -132,13 +132,13 @@ def _promise(stage: Stage, workdir: pathlib.Path) -> dict[str, Any]:
     return {"stage": stage.name, "version": __version__, "settings": stage.settings, "inputs": inputs}
 
 
-def _differences(old: Any, new: Any, prefix: str = "") -> list[str]:
+def differences(old: Any, new: Any, prefix: str = "") -> list[str]:
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         return [
             line
             for key in sorted({*old, *new})
             if old.get(key) != new.get(key)
-            for line in _differences(old.get(key), new.get(key), f"{prefix}{key}.")
+            for line in differences(old.get(key), new.get(key), f"{prefix}{key}.")
         ]
     if prefix.startswith("inputs."):
         return [f"{prefix[7:-1]} changed"]
@@ -173,7 +173,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     promise = as_json(_promise(stage, workdir))
     manifest, plan = read_json(directory / MANIFEST), read_json(directory / PLAN)
     if manifest is not None:
-        changes = _differences({key: manifest.get(key) for key in promise}, promise)
+        changes = differences({key: manifest.get(key) for key in promise}, promise)
         if not changes and _intact(directory, manifest):
             say(f"{stage.name}: up to date")
             return
@@ -184,7 +184,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
         # what lies there without a plan nobody can vouch for
         shutil.rmtree(directory, ignore_errors=True)
     else:
-        changes = _differences(plan, promise)
+        changes = differences(plan, promise)
         if not changes:
             say(f"{stage.name}: going on with unfinished work")
     if changes:

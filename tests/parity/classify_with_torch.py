@@ -61,7 +61,9 @@ for family, (template, segments, keys) in FAMILIES.items():
         name = f"{family}-{labels}"
         model.save_pretrained(out / name)
         tokenizer.save_pretrained(out / name)
-        inputs = tokenizer(*zip(*pairs, strict=True), padding=True, truncation="only_second", max_length=length, return_tensors="pt")
+        inputs = tokenizer(
+            *zip(*pairs, strict=True), padding=True, truncation="only_second", max_length=length, return_tensors="pt"
+        )
         assert ("token_type_ids" in inputs) == segments
         with torch.no_grad():
             scores[name] = model(**inputs).logits.numpy()
