@@ -1,4 +1,4 @@
-"""Ranks the hits of a TREC run afresh by a cross-encoder.
+"""Ranks the hits of a run afresh by a cross-encoder.
 
     python -m jdmdr.rerank 'runs/bm25/{lang}.trec' --model=NAME --data=DIR --out=runs/reranked
     python -m jdmdr.rerank 'runs/dmdr/evaluate/dev.dmdr.{lang}.trec' --model=NAME --data=runs/dmdr --out=runs/reranked
@@ -15,7 +15,7 @@
     --fields LIST    fields of a data root's passages that are their text; title,text by default
     --dtype NAME     float32 or bfloat16 of the matmuls; by default float32 on CPU, else bfloat16
 
-In the run's path {lang} stands for the language. Scores are the log-odds of being relevant; jdmdr.score measures the result.
+A run is a TREC run, or in MS MARCO's form; in its path {lang} stands for the language. Scores are the log-odds of being relevant; jdmdr.score measures the result.
 """
 
 from __future__ import annotations

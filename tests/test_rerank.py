@@ -117,7 +117,7 @@ def test_a_run_over_a_pool_names_passages_with_their_language(root, scorer, tmp_
     ("q0 Q0 d1 1 2 x\nq0 Q0 e1 1 2 x\n", "test", "1 of 2 passages, the first 'e1', are not in the corpus of aa"),
     ("q0 Q0 d1 1 2 x\n", "", "the query 'q0' has several texts in the sets dev, test; name .* --topics"),
     ("q0 Q0 d1 1 2 x\n", "train", "--topics=train: there are no such queries; there are: dev, test"),
-    ("q0 d1 1\n", "test", "line 1: found 3 fields instead of the 6"),
+    ("q0 d1 1 2\n", "test", "line 1: found 4 fields instead of the 6"),
 ])  # fmt: skip
 def test_what_cannot_be_meant_is_told(root, scorer, tmp_path, text, topics, sentence):
     path = tmp_path / "run.trec"
