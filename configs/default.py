@@ -71,6 +71,12 @@ def get_config():
     c.mine.factory = "Flat"  # faiss index factory string
     c.mine.negatives = 30  # negatives kept a query; short queries are filled up
 
+    c.cross_encoder = ConfigDict()  # reads query and passage together; filters.cross_encoder compare its scores
+    c.cross_encoder.name = ""  # Hugging Face name or directory of a sequence classifier; empty: off
+    c.cross_encoder.label = ""  # of several labels, the one that means relevant
+    c.cross_encoder.depth = 100  # candidates a query that it scores
+    c.cross_encoder.length = 512  # tokens of query and passage together, special tokens included
+
     c.filters = ConfigDict()  # rules over the candidates; None: off. Scores are the first dense retriever's
     c.filters.near_duplicate = (
         0.9  # drop a candidate whose word-trigram Jaccard with a positive is this or more; 1: only copies
@@ -81,6 +87,11 @@ def get_config():
     c.filters.absolute_margin = placeholder(float)  # keep scores below s+ - m, s+ the lowest positive's
     c.filters.relative_margin = placeholder(float)  # keep scores below s+ - m |s+|
     c.filters.percent_of_positive = placeholder(float)  # keep scores below p s+
+    c.filters.cross_encoder = ConfigDict()  # the same over the cross-encoder's probabilities of being relevant
+    c.filters.cross_encoder.max_score = placeholder(float)
+    c.filters.cross_encoder.absolute_margin = placeholder(float)
+    c.filters.cross_encoder.relative_margin = placeholder(float)
+    c.filters.cross_encoder.percent_of_positive = placeholder(float)
 
     c.llm = ConfigDict()  # the language model that judges and writes; any OpenAI-compatible server (docs/llm.md)
     c.llm.base_url = ""  # e.g. http://localhost:8000/v1; empty: no model, the rule filters stand in

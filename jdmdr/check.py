@@ -56,7 +56,7 @@ AT_LEAST = {
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.prompt_tokens": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
     "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
-    "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
+    "cross_encoder.depth": 1, "cross_encoder.length": 1, "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip
 OPTIONAL_AT_LEAST = {"llm.requests_per_minute": 1, "llm.max_calls": 0, "llm.max_tokens": 0, "llm.max_cost": 0}
 SECTION_AT_LEAST = {
@@ -112,10 +112,19 @@ def check_config(config: ConfigDict) -> None:
     if config.llm.base_url and config.expand.rounds:
         requery.askable(ensemble)
     rules_from_config(config.filters.to_dict())
+    _check_cross_encoder(config)
     scored = [rule for rule in SCORE_RULES if config.filters[rule] is not None]
     if scored and not any(spec.dense for spec in ensemble):
         raise UserError(
             f"filters.{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers"
+        )
+
+
+def _check_cross_encoder(config: ConfigDict) -> None:
+    rule = next((rule for rule, value in config.filters.cross_encoder.items() if value is not None), None)
+    if rule and not config.cross_encoder.name:
+        raise UserError(
+            f"filters.cross_encoder.{rule} compares the scores of a cross-encoder; name one with cross_encoder.name"
         )
 
 

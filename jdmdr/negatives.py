@@ -24,6 +24,7 @@ import numpy as np
 from jdmdr import hashing, progress
 from jdmdr.corpus import Collection, passage_text, write_jsonl
 from jdmdr.filters import (
+    CROSS_ENCODER,
     KEPT,
     Candidates,
     Context,
@@ -31,6 +32,8 @@ from jdmdr.filters import (
     apply_filters,
     audit,
     counts_table,
+    cross_encoder,
+    cross_encoder_rules,
     explain,
     rules_from_config,
 )
@@ -63,7 +66,8 @@ class Selection(NamedTuple):
 
 
 def select(
-    mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any, filters: Any, seed: int
+    mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any,
+    rules: Sequence[Filter], seed: int,
 ) -> Selection:  # fmt: skip
     """Filters the candidates, keeps the best of each query and fills up the short ones.
 
@@ -72,7 +76,7 @@ def select(
 
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
-      config: the recipe's `mine` keys; `filters` are its filter rules.
+      config: the recipe's `mine` keys; `rules` are its filters.
     """
 
     def text(row: int) -> str:
@@ -83,7 +87,6 @@ def select(
     count = config.negatives
     positives = [q.positives - base for q in queries]
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
-    rules = rules_from_config(filters)
     kept, reasons_QxK, counts = apply_filters(candidates, rules, Context(positives, text))
     rank_QxK = np.take_along_axis(
         np.broadcast_to(np.arange(1, reasons_QxK.shape[1] + 1, dtype=np.int32), reasons_QxK.shape),
@@ -108,7 +111,7 @@ def select(
     dropped = [[name, count] for name, count in counts.items() if name != "kept"]
     candidates_found = int((mined.rows_QxK != NO_HIT).sum())
     counts = {"candidates": candidates_found, "dropped": dropped, "kept": counts["kept"], "sources": sources}
-    return Selection(candidates, rules, reasons_QxK, out, counts)
+    return Selection(candidates, list(rules), reasons_QxK, out, counts)
 
 
 def _fill(
@@ -187,7 +190,8 @@ def make(
     ensemble = parse(config.mine.retrievers)
     compared = next((spec.name for spec in ensemble if spec.dense), None)
     totals: dict[str, Any] = {}
-    scored: dict[str, dict[str, explain.Scored]] = {spec.name: {} for spec in ensemble}
+    names = [spec.name for spec in ensemble] + ([CROSS_ENCODER] if config.cross_encoder.name else [])
+    scored: dict[str, dict[str, explain.Scored]] = {name: {} for name in names}
     sheet: list[list[str]] = []
     for index, lang in enumerate(progress.bar(library.langs, "  filtering", "languages")):
         queries = [q for q in training if q.lang == index and not q.held_out]
@@ -195,7 +199,11 @@ def make(
             continue
         collection, base, qids = library.collections[index], int(library.bases[index]), [q.qid for q in queries]
         mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
-        rules = config.filters.to_dict()
+        rules = rules_from_config(config.filters.to_dict())
+        if config.cross_encoder.name:
+            scores = cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang)
+            mined = mined._replace(by_retriever={**mined.by_retriever, CROSS_ENCODER: scores})
+            rules += cross_encoder_rules(config.filters.to_dict(), cross_encoder.column(*scores))
         selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed)
         write(version_dir(out_dir, 0), lang, qids, selected.negatives)
         rows = training_rows(queries, lang, base, collection, selected.negatives)

@@ -28,6 +28,7 @@ from jdmdr import (
     models,
     negatives,
     objectives,
+    pairs,
     progress,
     report,
     retrievers,
@@ -41,6 +42,7 @@ from jdmdr import (
 )  # fmt: skip
 from jdmdr.check import check_config
 from jdmdr.encoders import pretrained
+from jdmdr.filters import cross_encoder
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN
 from jdmdr.splits import POOLED
@@ -87,8 +89,11 @@ class Recipe(Workspace):
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
+            *([Stage("cross_encoder", self.score_candidates, {**plain["cross_encoder"], "dtype": c.encoder.dtype, **split},
+                     ("corpus", "mine"))] if c.cross_encoder.name else []),
             Stage("negatives", self.select_negatives,
-                  {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split}, ("corpus", "mine")),
+                  {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split},
+                  ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else []))),
             Stage("topics", self.label_topics, {**plain["topics"], **split},
                   ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
@@ -255,6 +260,13 @@ class Recipe(Workspace):
             return {spec.name: self._member(spec, lang, search) for spec in retrievers.parse(c.retrievers)}
 
         return mine.mine(self.library, self.training, open_ensemble, c, out_dir, search)
+
+    def score_candidates(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        scorer = pairs.Scorer(c.cross_encoder, c.encoder.dtype, self.mesh)
+        return cross_encoder.score(
+            self.library, self.training, self.directory / "mine", scorer, c.cross_encoder.depth, out_dir
+        )
 
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
         return negatives.make(self.library, self.training, self.directory / "mine", self.config, out_dir)

@@ -35,7 +35,7 @@ from jdmdr.types import NO_HIT, Hits, UserError
 WARMUP, BM25, ENCODER, RUN, VECTORS = "warmup", "bm25", "encoder", "run", "vectors"
 DENSE = (WARMUP, ENCODER, VECTORS)
 ENSEMBLE = "ensemble"  # the fused list's name among the runs
-RESERVED = (WARMUP, BM25, ENSEMBLE)
+RESERVED = (WARMUP, BM25, ENSEMBLE, "cross_encoder")
 
 
 class Spec(NamedTuple):

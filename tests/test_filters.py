@@ -1,7 +1,19 @@
 import numpy as np
 import pytest
 
-from jdmdr.filters import EMPTY, KEPT, Candidates, Context, Filter, apply_filters, counts_table, rules_from_config
+from jdmdr.filters import (
+    EMPTY,
+    KEPT,
+    Candidates,
+    Context,
+    Filter,
+    apply_filters,
+    audit,
+    counts_table,
+    cross_encoder_rules,
+    rules_from_config,
+)
+from jdmdr.filters.rules import Column
 from jdmdr.types import NO_HIT, UserError
 
 
@@ -77,6 +89,49 @@ def test_the_score_rules_read_the_threshold_scores_and_let_unknown_ones_pass():
     assert kept_rows(candidates._replace(positive_score_Q=np.array([np.nan])), {"relative_margin": 0.0}) == [[0, 1, 2]]
 
 
+ORACLES = {
+    "max_score": lambda score, positive, value: score < value,
+    "absolute_margin": lambda score, positive, value: score < positive - value,
+    "relative_margin": lambda score, positive, value: score < positive - value * abs(positive),
+    "percent_of_positive": lambda score, positive, value: score < value * positive,
+}
+
+
+@pytest.mark.parametrize("rule", ORACLES)
+def test_the_cross_encoders_rules_compare_its_own_scores(rule):
+    random = np.random.default_rng(len(rule))
+    scores_QxK, positive_Q = random.random((6, 9)), random.random(6)
+    scores_QxK[random.random((6, 9)) < 0.2] = np.nan
+    candidates = candidates_of(random.random((6, 9)), np.full(6, -1))  # all of them fail the retriever's own margins
+    rows_QxK = np.where(random.random((6, 9)) < 0.1, NO_HIT, candidates.rows_QxK)
+    candidates = candidates._replace(rows_QxK=rows_QxK)
+    config = {"cross_encoder": {rule: 0.4, "max_score": 0.4 if rule == "max_score" else None}}
+    rules = [*rules_from_config(config), *cross_encoder_rules(config, Column(scores_QxK, positive_Q))]
+    assert [of.name for of in rules] == ["positive", f"cross_encoder.{rule}"]
+    kept, reasons_QxK, counts = apply_filters(candidates, rules, context_of(6))
+    for q in range(6):
+        expected = [
+            rows_QxK[q, k]
+            for k in range(9)
+            if rows_QxK[q, k] != NO_HIT
+            and (np.isnan(scores_QxK[q, k]) or ORACLES[rule](scores_QxK[q, k], positive_Q[q], 0.4))
+        ]
+        assert kept.rows_QxK[q][kept.rows_QxK[q] != NO_HIT].tolist() == expected
+    assert counts[f"cross_encoder.{rule}"] == (reasons_QxK == 1).sum() > 0
+
+
+def test_a_drop_tells_the_scores_that_its_rule_compared(tmp_path):
+    config = {"relative_margin": 0.5, "cross_encoder": {"absolute_margin": 0.25}}
+    column = Column(np.array([[0.9, 0.9, 0.125]]), np.array([0.75]))
+    rules = [*rules_from_config(config), *cross_encoder_rules(config, column)]
+    candidates = candidates_of([[0.75, 0.25, 0.25]], [1.0])
+    _, reasons_QxK, _ = apply_filters(candidates, rules, context_of(1))
+    audit.write_drops(tmp_path / "drops.tsv", ["q"], candidates, reasons_QxK, rules, "d{}".format)
+    assert (tmp_path / "drops.tsv").read_text().split("\n")[1:-1] == [
+        "q\td0\trelative_margin\t0.75\t0.5", "q\td1\tcross_encoder.absolute_margin\t0.9\t0.5"
+    ]  # fmt: skip
+
+
 def test_survivors_move_to_the_front_and_every_drop_has_its_reason():
     candidates = candidates_of([[9, 8, 7, -np.inf], [6, 5, 4, 3]], [8.5, 10], [[10, 11, 12, NO_HIT], [13, 14, 15, 16]])
     rules = rules_from_config({"relative_margin": 0.0, "depth": 3})
@@ -124,6 +179,9 @@ def test_any_named_function_is_a_filter():
         ({"relative_margin": -0.1}, "filters.relative_margin is -0.1"),
         ({"percent_of_positive": 95}, "filters.percent_of_positive is 95"),
         ({"skip": -1}, "filters.skip"),
+        ({"cross_encoder": {"depth": 1}}, "filters.cross_encoder.depth is no filter rule"),
+        ({"cross_encoder": {"percent_of_positive": 95}}, "filters.cross_encoder.percent_of_positive is 95"),
+        ({"cross_encoder": {"max_score": True}}, "filters.cross_encoder.max_score is True"),
         ({"depth": 0}, "filters.depth"),
         ({"near_duplicate": True}, "filters.near_duplicate is True"),
         ({"max_score": "0.6"}, "filters.max_score is '0.6'"),

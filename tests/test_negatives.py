@@ -5,6 +5,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from jdmdr import corpus, negatives
+from jdmdr.filters import rules_from_config
 from jdmdr.mine import Mined
 from jdmdr.retrievers import parse
 from jdmdr.types import NO_HIT
@@ -26,7 +27,14 @@ def _mined(queries, rows_QxK):
 def _select(library, queries, rows_QxK, count, pool="corpus", seed=0):
     config = ConfigDict({"negatives": count, "pool": pool})
     found = negatives.select(
-        _mined(queries, rows_QxK), parse("warmup"), queries, 24, library.collections[1], config, RULES, seed
+        _mined(queries, rows_QxK),
+        parse("warmup"),
+        queries,
+        24,
+        library.collections[1],
+        config,
+        rules_from_config(RULES),
+        seed,
     )
     return found.negatives, found.counts
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from jdmdr.filters.audit import EMPTY, KEPT
-from jdmdr.filters.rules import Candidates, Context, Filter, rules_from_config
+from jdmdr.filters.rules import CROSS_ENCODER, Candidates, Context, Filter, cross_encoder_rules, rules_from_config
 from jdmdr.types import NO_HIT
 
-__all__ = ["EMPTY", "KEPT", "Candidates", "Context", "Filter", "apply_filters", "counts_table", "rules_from_config"]
+__all__ = ["CROSS_ENCODER", "EMPTY", "KEPT", "Candidates", "Context", "Filter", "apply_filters", "counts_table",
+           "cross_encoder_rules", "rules_from_config"]  # fmt: skip
 
 
 def apply_filters(

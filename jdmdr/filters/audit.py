@@ -37,14 +37,15 @@ def write_drops(
     docid: Callable[[int], str],
 ) -> None:  # fmt: skip
     """One line a dropped candidate: DROPS, TAB-separated; score and threshold where the rule compares scores."""
-    thresholds = [f.threshold(candidates.positive_score_Q) if f.threshold else None for f in filters]
+    comparisons = [f.compared(candidates) if f.compared else None for f in filters]
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         file.write("\t".join(DROPS) + "\n")
         for q, place in np.argwhere(reasons_QxK >= 0):
             reason = reasons_QxK[q, place]
             compared = ("", "")
-            if thresholds[reason] is not None:
-                compared = f"{candidates.threshold_scores_QxK[q, place]:.6g}", f"{thresholds[reason][q]:.6g}"
+            if comparisons[reason] is not None:
+                scores_QxK, threshold_Q = comparisons[reason]
+                compared = f"{scores_QxK[q, place]:.6g}", f"{threshold_Q[q]:.6g}"
             row = int(candidates.rows_QxK[q, place])
             file.write("\t".join([qids[q], docid(row), filters[reason].name, *compared]) + "\n")
 

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tabulate import tabulate
 
-from jdmdr.filters.rules import RULES, SCORE_RULES, Candidates, Context
+from jdmdr.filters.rules import CROSS_ENCODER, RULES, SCORE_RULES, Candidates, Context
 from jdmdr.types import NO_HIT
 from jdmdr.workdir import atomic, write_json, write_text
 
@@ -166,7 +166,7 @@ def explain(
     """Writes scores.json, scores.md and histogram.png; returns what the terminal shows.
 
     Args:
-      scored: {retriever: {language: scores}}.
+      scored: {retriever: {language: scores}}, the cross-encoder among them where there is one.
       compared: the retriever whose scores the rules compare, None without an encoder in the ensemble.
     """
     found = {
@@ -175,6 +175,7 @@ def explain(
         "table": score_table(scored),
         "histograms": histograms(scored),
         "margins": margins(scored[compared], rules) if compared else None,
+        CROSS_ENCODER: margins(scored[CROSS_ENCODER], rules[CROSS_ENCODER]) if CROSS_ENCODER in scored else None,
     }
     write_json(out_dir / "scores.json", found)
     write_text(out_dir / "scores.md", _page(found))
@@ -201,11 +202,13 @@ def _tables(found: dict[str, Any], langs: Iterable[str], form: str) -> list[str]
         tabulate(rows, headers, form, disable_numparse=True, colalign=["left"] * 3 + ["right"] * (len(headers) - 3))
     ]
     if found["margins"]:
-        shown += _margin_lines(found["compared"], found["margins"], form)
-    return shown
+        shown += _margin_lines(found["compared"], "", found["margins"], form)
+    if found[CROSS_ENCODER]:
+        shown += _margin_lines(CROSS_ENCODER, f"{CROSS_ENCODER}.", found[CROSS_ENCODER], form)
+    return list(dict.fromkeys(shown))  # both may say that positives are too few
 
 
-def _margin_lines(compared: str, margins_: dict[str, Any], form: str) -> list[str]:
+def _margin_lines(compared: str, prefix: str, margins_: dict[str, Any], form: str) -> list[str]:
     count, suggested = margins_["left_out_positives"], margins_["suggested"]
     entries = [*([margins_["in_force"]] if margins_["in_force"] else []), *margins_["grid"]]
     if form == SCREEN:
@@ -231,7 +234,7 @@ def _margin_lines(compared: str, margins_: dict[str, Any], form: str) -> list[st
     elif not suggested:
         lines.append(f"No margin of the table drops {CAUGHT:.0%} of the {count} left-out positives. Look at audit.csv.")
     else:
-        flags = "\n".join(f"    --config.filters.{name}={value:g}" for name, value in suggested.items())
+        flags = "\n".join(f"    --config.filters.{prefix}{name}={value:g}" for name, value in suggested.items())
         lines.append(
             f"The loosest margins that drop {CAUGHT:.0%} of the {count} left-out positives, to choose one of:\n{flags}"
         )

@@ -43,12 +43,30 @@ class Context(NamedTuple):
 class Filter(NamedTuple):
     """A named rule; `keep(candidates, context)` is a QxK mask, whose value at empty places does not matter.
 
-    A rule that keeps scores below a threshold tells it: `threshold(positive_score_Q)`, Q.
+    A rule that keeps scores below a threshold tells both: `compared(candidates)` are the scores, QxK, and the thresholds, Q.
     """
 
     name: str
     keep: Callable[[Candidates, Context], np.ndarray]
-    threshold: Callable[[np.ndarray], np.ndarray] | None = None
+    compared: Callable[[Candidates], tuple[np.ndarray, np.ndarray]] | None = None
+
+
+class Column(NamedTuple):
+    """What score rules compare: one model's scores of the candidates, and the lowest of each query's positives; NaN where
+    nothing is known."""
+
+    scores_QxK: np.ndarray
+    positive_Q: np.ndarray
+
+
+class By(NamedTuple):
+    """The model whose scores a rule compares, and what stands before the rule's key and name."""
+
+    column: Callable[[Candidates], Column]
+    prefix: str = ""
+
+
+OWN = By(lambda candidates: Column(candidates.threshold_scores_QxK, candidates.positive_score_Q))
 
 
 # ---------------------------------------------------------------- identity
@@ -119,37 +137,39 @@ def _ranks(candidates: Candidates) -> np.ndarray:
 # ---------------------------------------------------------------- score
 
 
-def below_score(max_score: float) -> Filter:
+def below_score(max_score: float, by: By = OWN) -> Filter:
     """Keeps scores < `max_score` (TopK-Abs)."""
-    return _below_threshold("max_score", lambda positive_Q: np.full_like(positive_Q, max_score))
+    return _below_threshold("max_score", lambda positive_Q: np.full_like(positive_Q, max_score), by)
 
 
-def absolute_margin(margin: float) -> Filter:
+def absolute_margin(margin: float, by: By = OWN) -> Filter:
     """Keeps scores < s+ - m (TopK-MarginPos)."""
-    _check("absolute_margin", margin >= 0, margin, "a number >= 0")
-    return _below_threshold("absolute_margin", lambda positive_Q: positive_Q - margin)
+    _check(f"{by.prefix}absolute_margin", margin >= 0, margin, "a number >= 0")
+    return _below_threshold("absolute_margin", lambda positive_Q: positive_Q - margin, by)
 
 
-def relative_margin(margin: float) -> Filter:
+def relative_margin(margin: float, by: By = OWN) -> Filter:
     """Keeps scores < s+ - m |s+|: below the positive whatever the sign of its score."""
-    _check("relative_margin", margin >= 0, margin, "a number >= 0")
-    return _below_threshold("relative_margin", lambda positive_Q: positive_Q - margin * np.abs(positive_Q))
+    _check(f"{by.prefix}relative_margin", margin >= 0, margin, "a number >= 0")
+    return _below_threshold("relative_margin", lambda positive_Q: positive_Q - margin * np.abs(positive_Q), by)
 
 
-def percent_of_positive(share: float) -> Filter:
+def percent_of_positive(share: float, by: By = OWN) -> Filter:
     """Keeps scores < p s+ where s+ > 0 (TopK-PercPos, p = 0.95), and < s+ - (1 - p) |s+| for any sign."""
-    _check("percent_of_positive", 0 < share <= 1, share, "a share above 0 and up to 1")
-    return _below_threshold("percent_of_positive", lambda positive_Q: positive_Q - (1 - share) * np.abs(positive_Q))
+    _check(f"{by.prefix}percent_of_positive", 0 < share <= 1, share, "a share above 0 and up to 1")
+    return _below_threshold("percent_of_positive", lambda positive_Q: positive_Q - (1 - share) * np.abs(positive_Q), by)
 
 
-def _below_threshold(name: str, threshold: Callable[[np.ndarray], np.ndarray]) -> Filter:
-    return Filter(
-        name,
-        lambda candidates, context: (
-            ~(candidates.threshold_scores_QxK >= threshold(candidates.positive_score_Q)[:, None])
-        ),
-        threshold,
-    )
+def _below_threshold(name: str, threshold: Callable[[np.ndarray], np.ndarray], by: By) -> Filter:
+    def compared(candidates: Candidates) -> tuple[np.ndarray, np.ndarray]:
+        column = by.column(candidates)
+        return column.scores_QxK, threshold(column.positive_Q)
+
+    def keep(candidates: Candidates, context: Context) -> np.ndarray:
+        scores_QxK, threshold_Q = compared(candidates)
+        return ~(scores_QxK >= threshold_Q[:, None])
+
+    return Filter(f"{by.prefix}{name}", keep, compared)
 
 
 def _check(key: str, valid: bool, value: Any, expected: str) -> None:
@@ -159,35 +179,48 @@ def _check(key: str, valid: bool, value: Any, expected: str) -> None:
 
 # ---------------------------------------------------------------- from a config
 
-# In the order of application: what is no candidate at all goes before ranks are counted, and the window before the
-# scores.
-RULES: dict[str, Callable[[Any], Filter]] = {
-    "near_duplicate": not_near_duplicate,
-    "skip": after_rank,
-    "depth": up_to_rank,
+SCORE_RULES: dict[str, Callable[..., Filter]] = {
     "max_score": below_score,
     "absolute_margin": absolute_margin,
     "relative_margin": relative_margin,
     "percent_of_positive": percent_of_positive,
 }
 
-SCORE_RULES = ("max_score", "absolute_margin", "relative_margin", "percent_of_positive")
+# In the order of application: what is no candidate at all goes before ranks are counted, and the window before the
+# scores.
+RULES: dict[str, Callable[[Any], Filter]] = {
+    "near_duplicate": not_near_duplicate,
+    "skip": after_rank,
+    "depth": up_to_rank,
+    **SCORE_RULES,
+}
+
+CROSS_ENCODER = "cross_encoder"  # the group of keys of the score rules over a cross-encoder's scores
 
 
 def rules_from_config(config: Mapping[str, Any]) -> list[Filter]:
     """The rules a config asks for; a key absent or None is off. Positives are always dropped first.
 
+    Those of the group `cross_encoder` are checked here, and made by `cross_encoder_rules`, where there are scores.
+
     Raises `UserError` on an unknown key, and on a value outside a rule's range.
     """
-    for key in config:
-        if key not in RULES:
-            raise UserError(f"filters.{key} is no filter rule: the rules are {', '.join(RULES)}")
-    rules = [not_positive()]
-    for name, rule in RULES.items():
-        value = config.get(name)
-        if value is None:
-            continue
+    cross_encoder_rules(config, None)
+    plain = {key: value for key, value in config.items() if key != CROSS_ENCODER}
+    return [not_positive(), *_rules(plain, RULES, "")]
+
+
+def cross_encoder_rules(config: Mapping[str, Any], column: Column | None) -> list[Filter]:
+    """The rules of the config's group `cross_encoder`, over the scores in `column`: probabilities of being relevant."""
+    by = By(lambda candidates: column, f"{CROSS_ENCODER}.")
+    rules = {name: functools.partial(rule, by=by) for name, rule in SCORE_RULES.items()}
+    return _rules(config.get(CROSS_ENCODER) or {}, rules, by.prefix)
+
+
+def _rules(config: Mapping[str, Any], rules: Mapping[str, Callable[[Any], Filter]], prefix: str) -> list[Filter]:
+    for key, value in config.items():
+        if key not in rules:
+            raise UserError(f"filters.{prefix}{key} is no filter rule: the rules are {', '.join(rules)}")
         if isinstance(value, (bool, str)):
-            raise UserError(f"filters.{name} is {value!r}: give a number, or None for off")
-        rules.append(rule(value))
-    return rules
+            raise UserError(f"filters.{prefix}{key} is {value!r}: give a number, or None for off")
+    return [rule(config[name]) for name, rule in rules.items() if config.get(name) is not None]

@@ -1,0 +1,77 @@
+"""Scores the mined candidates and their queries' positives by a cross-encoder, for the rules of `filters.cross_encoder`.
+
+    cross_encoder/{lang}.candidate_scores.npy    float32 [Q, K], log-odds of being relevant, for the places of mine/
+    cross_encoder/{lang}.positive_scores.npy     float32 [Q, M]
+
+NaN where there is no passage, and behind the first `cross_encoder.depth` candidates. The scores are a stage of their own, so
+that another margin costs no scoring.
+"""
+
+from __future__ import annotations
+
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy.special import expit
+
+from jdmdr import progress
+from jdmdr.corpus import Collection, passage_text
+from jdmdr.filters.rules import Column
+from jdmdr.library import Library, TrainingQuery
+from jdmdr.mine import SCORES, read_mined
+from jdmdr.types import NO_HIT
+
+
+def score(
+    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, scorer: Any, depth: int, out_dir: pathlib.Path
+) -> dict[str, Any]:  # fmt: skip
+    """Scores every language's candidates by a `pairs.Scorer`; a language that is done stays. Returns the counts of pairs."""
+    counts = {}
+    for index, lang in enumerate(library.langs):
+        queries = [q for q in training if q.lang == index and not q.held_out]
+        if not queries:
+            continue
+        mined = read_mined(mined_dir, lang, [])
+        most_positives = max(len(q.positives) for q in queries)
+        rows_QxN = np.full((len(queries), mined.rows_QxK.shape[1] + most_positives), NO_HIT)
+        rows_QxN[:, :depth] = mined.rows_QxK[:, :depth]
+        for q, query in enumerate(queries):
+            rows_QxN[q, mined.rows_QxK.shape[1] :][: len(query.positives)] = query.positives - library.bases[index]
+        paths = [out_dir / f"{lang}.{kind}.npy" for kind in SCORES]
+        counts[lang] = int((rows_QxN != NO_HIT).sum())
+        if not all(path.exists() for path in paths):
+            partial = out_dir / f".{lang}.scores"
+            texts = [query.text for query in queries]
+            scores_QxN = _score_rows(scorer, texts, rows_QxN, library.collections[index], lang, partial)
+            for path, values in zip(paths, np.split(scores_QxN, [mined.rows_QxK.shape[1]], axis=1), strict=True):
+                np.save(path, values)
+            partial.unlink()
+    return {"pairs": counts}
+
+
+def _score_rows(
+    scorer: Any, queries: Sequence[str], rows_QxN: np.ndarray, collection: Collection, lang: str, path: pathlib.Path
+) -> np.ndarray:
+    from jdmdr import pairs  # late: it loads jax
+
+    query_N, place_N = np.nonzero(rows_QxN != NO_HIT)
+    scores_QxN = np.full(rows_QxN.shape, np.nan, np.float32)
+    with progress.bar(None, f"  scoring {lang}", "pairs", total=len(query_N)) as bar:
+        scores_QxN[query_N, place_N] = pairs.score_all(
+            scorer, queries, query_N, rows_QxN[query_N, place_N],
+            lambda rows: [passage_text(collection.passage(row)) for row in rows], path, bar,
+        )  # fmt: skip
+    return scores_QxN
+
+
+def read(directory: pathlib.Path, lang: str) -> tuple[np.ndarray, np.ndarray]:
+    """The probabilities of being relevant of a language's candidates, QxK, and positives, QxM."""
+    candidates_QxK, positives_QxM = (np.load(directory / f"{lang}.{kind}.npy") for kind in SCORES)
+    return expit(candidates_QxK), expit(positives_QxM)
+
+
+def column(candidates_QxK: np.ndarray, positives_QxM: np.ndarray) -> Column:
+    """What the rules compare: the candidates' scores, and the lowest of each query's positives."""
+    return Column(candidates_QxK, np.nanmin(positives_QxM, axis=1))
