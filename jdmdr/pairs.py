@@ -52,8 +52,8 @@ class PairTokenizer:
         self.uses_segments = "token_type_ids" in found.model_input_names
         self.room = length - self.template.size
         if self.room < 2:
-            raise UserError(f"the length of a pair is {length} tokens, {self.template.size} of them special ones; raise the "
-                            "length")  # fmt: skip
+            raise UserError(f"the length of a pair is {length} tokens, {self.template.size} of them special ones; raise "
+                            "--length, or in a recipe cross_encoder.length")  # fmt: skip
         self.longest_query = max(1, int(QUERY_SHARE * self.room))
 
     def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -127,7 +127,7 @@ class Scorer:
         config = self.encoder.config
         if section.length > config.usable_positions:
             raise UserError(f"the length of a pair is {section.length} tokens, but {section.name} has room for "
-                            f"{config.usable_positions}; lower the length")  # fmt: skip
+                            f"{config.usable_positions}; lower --length, or in a recipe cross_encoder.length")  # fmt: skip
         self.tokenizer, self.length = PairTokenizer(section.name, section.length), section.length
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"the tokenizer of {section.name} has {self.tokenizer.vocab_size} tokens, but its weights have "

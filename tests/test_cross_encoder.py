@@ -110,7 +110,7 @@ def test_an_encoder_without_a_head_is_told_so():
 
 
 @pytest.mark.parametrize("labels, label, sentence", [
-    (2, "", r"has 2 labels \(label-0, label-1\); give the one that means relevant"),
+    (2, "", r"has 2 labels \(label-0, label-1\); name the one that means relevant by --label"),
     (2, "yes", "has no label 'yes'; its labels are label-0, label-1"),
     (1, "yes", "has no label 'yes'; its labels are label-0"),
 ])  # fmt: skip

@@ -94,7 +94,7 @@ def _relevant(directory: pathlib.Path, id2label: Mapping[str, Any], labels: int,
         raise UserError(f"the cross-encoder in {directory} has no label {wanted!r}; its labels are {', '.join(names)}")
     if labels > 1:
         raise UserError(
-            f"the cross-encoder in {directory} has {labels} labels ({', '.join(names)}); give the one that means relevant as "
-            "its label"
+            f"the cross-encoder in {directory} has {labels} labels ({', '.join(names)}); name the one that means relevant by "
+            "--label, or in a recipe by cross_encoder.label"
         )
     return 0
