@@ -109,9 +109,23 @@ def get_config():
     c.llm.price_in, c.llm.price_out = 0.0, 0.0  # of a million tokens of prompts, and of replies
     c.llm.extra_body = ""  # JSON object sent along, e.g. {"chat_template_kwargs": {"enable_thinking": false}}
 
-    c.expand = (
-        ConfigDict()
-    )  # with a model: queries with fewer than mine.negatives are topped up with new queries' passages
+    c.judge = ConfigDict()  # which candidates answer their query, by the model of `llm` (docs/llm.md)
+    c.judge.langs = ""  # comma-separated; empty: all; the others are left to the rule filters
+    c.judge.queries = placeholder(int)  # training queries a language, chosen by a hash; None: all
+    c.judge.depth = 40  # candidates a query that the filters leave, the best; asking ends once mine.negatives are kept
+    c.judge.sampling = ((0.4, 0.7), (0.6, 0.8), (0.8, 0.9), (0.4, 0.8))  # (temperature, top_p), one a vote
+    c.judge.max_tokens = 512  # of a reply
+    c.judge.passage_chars = 4000  # of a passage that are shown
+    c.judge.reference = True  # show a known positive to compare with
+    c.judge.keep_max_label = 0  # keep candidates labelled so at most: 0 irrelevant, 1 partly, 2 highly relevant
+    c.judge.unjudged = "drop"  # drop | keep what got no valid reply
+    c.judge.use_qrels = True  # keep what the data judge irrelevant without a call
+    c.judge.keep_below = placeholder(float)  # p: keep what scores below p s+ without a call; scores as in `filters`
+    c.judge.score_rules = False  # let the score rules of `filters` act first; they stand in where there is no judge
+    c.judge.calibrate = 50  # judged pairs of each kind a language that tell how far to trust the judge; 0: none
+    c.judge.least_precision, c.judge.least_recall = 0.8, 0.5  # of "keep" on them, below which a language gets a warning
+
+    c.expand = ConfigDict()  # short queries are topped up with the passages of new ones that the model writes
     c.expand.rounds = 3  # new queries written for a short query, one after another while it is short; 0: none
     c.expand.depths = (
         40,
@@ -222,5 +236,6 @@ def smoke(config, arg, others=()):
             config.warmup.steps = config.train.steps = 6
             for section in (config.warmup, config.train):
                 section.batch_size, section.checkpoint_every, section.max_profiles, section.log_every = 16, 3, 1, 1
+            config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 5, 2
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
     return config

@@ -6,6 +6,7 @@ import itertools
 import json
 import re
 import urllib.parse
+from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
@@ -41,6 +42,8 @@ CHOICES = {
     "encode.dtype": ("float16", "float32"),
     "encoder.dtype": ("", "float32", "bfloat16"),
     "encoder.pooling": ("", "cls", "mean", "last"),
+    "judge.unjudged": ("drop", "keep"),
+    "judge.keep_max_label": (0, 1),
     "encoder.towers": ("", "tied", "untied"),
     "evaluate.hybrid": METHODS,
 }
@@ -55,10 +58,17 @@ AT_LEAST = {
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.prompt_tokens": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
+    "judge.depth": 1, "judge.max_tokens": 1, "judge.passage_chars": 1, "judge.calibrate": 0, "judge.least_precision": 0, "judge.least_recall": 0,
     "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
     "cross_encoder.depth": 1, "cross_encoder.length": 1, "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
 }  # fmt: skip
-OPTIONAL_AT_LEAST = {"llm.requests_per_minute": 1, "llm.max_calls": 0, "llm.max_tokens": 0, "llm.max_cost": 0}
+OPTIONAL_AT_LEAST = {
+    "judge.queries": 1,
+    "llm.requests_per_minute": 1,
+    "llm.max_calls": 0,
+    "llm.max_tokens": 0,
+    "llm.max_cost": 0,
+}
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
@@ -79,6 +89,7 @@ def check_config(config: ConfigDict) -> None:
         if _get(config, key) is not None and not _get(config, key) >= least:
             raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}, or None for no limit")
     _check_llm(config.llm)
+    _check_judge(config.judge)
     _check_expand(config.expand)
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
@@ -113,11 +124,10 @@ def check_config(config: ConfigDict) -> None:
         requery.askable(ensemble)
     rules_from_config(config.filters.to_dict())
     _check_cross_encoder(config)
-    scored = [rule for rule in SCORE_RULES if config.filters[rule] is not None]
+    scored = [f"filters.{rule}" for rule in SCORE_RULES if config.filters[rule] is not None]
+    scored += ["judge.keep_below"] if config.judge.keep_below is not None else []
     if scored and not any(spec.dense for spec in ensemble):
-        raise UserError(
-            f"filters.{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers"
-        )
+        raise UserError(f"{scored[0]} compares the scores of an encoder; add one, such as warmup, to mine.retrievers")
 
 
 def _check_cross_encoder(config: ConfigDict) -> None:
@@ -152,6 +162,16 @@ def _check_llm(llm: ConfigDict) -> None:
         raise UserError(f"llm.base_url is {llm.base_url!r}; it is an address such as http://localhost:8000/v1")
     if url.username or url.password:
         raise UserError("llm.base_url holds a name or password; put the key into the environment (llm.api_key_from)")
+
+
+def _check_judge(judge: ConfigDict) -> None:
+    grid = [tuple(line) if isinstance(line, Sequence) else (line,) for line in judge.sampling]
+    if not grid or not all(len(line) == 2 and line[0] >= 0 and 0 < line[1] <= 1 for line in grid):
+        raise UserError(
+            f"judge.sampling is {judge.sampling!r}; it has a pair a vote: a temperature from 0 and a top_p above 0 and up to 1"
+        )
+    if judge.keep_below is not None and not 0 < judge.keep_below <= 1:
+        raise UserError(f"judge.keep_below is {judge.keep_below!r}; it is a share above 0 and up to 1, or None for off")
 
 
 def _check_expand(expand: ConfigDict) -> None:

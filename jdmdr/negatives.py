@@ -16,8 +16,8 @@ from __future__ import annotations
 import collections
 import pathlib
 import textwrap
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,9 @@ from jdmdr.library import Library, TrainingQuery, docid_lookup
 from jdmdr.mine import Mined, candidate_pool, read_mined
 from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
+
+if TYPE_CHECKING:
+    from jdmdr.judge import Judged
 
 SOURCES = ("retrieval", "judged", "random")
 RETRIEVAL, JUDGED, RANDOM = range(len(SOURCES))
@@ -76,7 +79,7 @@ def select(
 
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
-      config: the recipe's `mine` keys; `rules` are its filters.
+      config: the recipe's `mine` keys; `rules` are its filters, the judge's among them.
     """
 
     def text(row: int) -> str:
@@ -180,11 +183,13 @@ def training_rows(
 
 
 def make(
-    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, config: Any, out_dir: pathlib.Path
-) -> dict[str, Any]:
+    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, verdicts: Callable[[str], Judged] | None,
+    config: Any, out_dir: pathlib.Path,
+) -> dict[str, Any]:  # fmt: skip
     """Selects the negatives of every language and explains the filters; returns the counts per language.
 
     Args:
+      verdicts: of a language by the judge; None without one.
       config: the whole recipe.
     """
     ensemble = parse(config.mine.retrievers)
@@ -199,11 +204,14 @@ def make(
             continue
         collection, base, qids = library.collections[index], int(library.bases[index]), [q.qid for q in queries]
         mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
+        docid = docid_lookup(collection, [mined])
         rules = rules_from_config(config.filters.to_dict())
         if config.cross_encoder.name:
             scores = cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang)
             mined = mined._replace(by_retriever={**mined.by_retriever, CROSS_ENCODER: scores})
             rules += cross_encoder_rules(config.filters.to_dict(), cross_encoder.column(*scores))
+        if verdicts:
+            rules = verdicts(lang).join(rules, qids, docid, config.judge)
         selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed)
         write(version_dir(out_dir, 0), lang, qids, selected.negatives)
         rows = training_rows(queries, lang, base, collection, selected.negatives)
@@ -212,12 +220,12 @@ def make(
         for name, (candidates_QxK, positives_QxM) in mined.by_retriever.items():
             kept_QxK = selected.reasons_QxK == KEPT
             scored[name][lang] = explain.Scored(candidates_QxK, positives_QxM, kept_QxK)
-        shown = selected.candidates, selected.reasons_QxK, selected.filters, docid_lookup(collection, [mined])
+        shown = selected.candidates, selected.reasons_QxK, selected.filters, docid
         (out_dir / "dropped").mkdir(exist_ok=True)
         audit.write_drops(out_dir / "dropped" / f"{lang}.tsv", qids, *shown)
         text = lambda row, of=collection: passage_text(of.passage(row))
         sheet += audit.sample(lang, config.audit.rows, queries, base, *shown, text, config.seed)
-    audit.write_sheet(out_dir / "audit.csv", sheet)
+    audit.write_sheet(out_dir / "audit.csv", audit.SHEET, sheet)
     shown = explain.explain(scored, compared, config.filters.to_dict(), out_dir)
     dropped = collections.Counter()
     for counts in totals.values():

@@ -3,45 +3,69 @@
     python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
 
 `python -m jdmdr.STAGE` brings one stage, and what it needs, up to date: tokenizer, mine, negatives, topics, train, encode,
-evaluate, export.
+evaluate, export; with a language model also judge.
 """
 
 from __future__ import annotations
 
 import pathlib
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from absl import flags
 from ml_collections import ConfigDict
 
 from jdmdr import cli, progress, workdir
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
+if TYPE_CHECKING:
+    from jdmdr.recipe import Recipe
 
-def command(target: str, doc: str, show: Callable[[pathlib.Path], None] | None = None) -> None:
-    """The main function of a stage's module: brings `target` up to date, and shows what it wrote."""
+LLM_STAGES = ("judge", "expand")
 
-    def bring(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
-        run(config, directory, target, flags.redo)
+
+def command(
+    target: str, doc: str, show: Callable[[pathlib.Path], None] | None = None, plan: Callable[[Recipe], str] | None = None
+) -> None:  # fmt: skip
+    """The main function of a stage's module: brings `target` up to date, and shows what it wrote.
+
+    With `plan` it has a flag --dry_run, under which only what the stage needs is done and the plan is printed.
+    """
+    if plan:
+        flags.DEFINE_boolean("dry_run", False, "Tell calls, tokens, cost and time, and send nothing.")
+
+    def bring(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
+        if plan and values.dry_run:
+            print(plan(run(config, directory, target, values.redo, itself=False)))
+            return
+        run(config, directory, target, values.redo)
         if show:
             show(directory / target)
 
     cli.run(bring, doc)
 
 
-def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = False) -> None:
-    """Brings stage `target` and all that it needs up to date under `directory`."""
+def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = False, itself: bool = True) -> Recipe:
+    """Brings stage `target` and all that it needs up to date under `directory`; without `itself` only what it needs."""
     from jdmdr.recipe import Recipe  # late: a mistake on the command line is told before jax is loaded
 
-    stages = {stage.name: stage for stage in Recipe(config, directory).stages()}
+    recipe = Recipe(config, directory)
+    stages = {stage.name: stage for stage in recipe.stages()}
+    if target in LLM_STAGES and not config.llm.base_url:
+        raise UserError(
+            f"llm.base_url is empty, so there is no {target} stage: the rule filters stand in for it; give the address of an "
+            "OpenAI-compatible server, e.g. http://localhost:8000/v1, and its llm.model"
+        )
     if target not in stages:
         raise UserError(
             f"data.root has no training queries and nothing is set to train, so there is no {target} stage; run "
             "jdmdr.evaluate for the figures of the encoder as it is"
         )
-    for name in needed(stages, target):
+    names = needed(stages, target)
+    for name in names if itself else names[:-1]:
         workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
+    return recipe
 
 
 def needed(stages: dict[str, Stage], target: str) -> list[str]:

@@ -24,6 +24,8 @@ from jdmdr import (
     encoders,
     evaluate,
     export,
+    judge,
+    llm,
     mine,
     models,
     negatives,
@@ -45,6 +47,7 @@ from jdmdr.encoders import pretrained
 from jdmdr.filters import cross_encoder
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN
+from jdmdr.llm import estimate, prompts
 from jdmdr.splits import POOLED
 from jdmdr.tokenizer import Tokenizer
 from jdmdr.train import VOLATILE
@@ -91,9 +94,13 @@ class Recipe(Workspace):
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
             *([Stage("cross_encoder", self.score_candidates, {**plain["cross_encoder"], "dtype": c.encoder.dtype, **split},
                      ("corpus", "mine"))] if c.cross_encoder.name else []),
+            *([Stage("judge", self.judge,
+                     {"judge": plain["judge"], "filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives,
+                      "model": c.llm.model, "extra_body": c.llm.extra_body, "prompt": prompts.JUDGE, **split},
+                     ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else [])))] if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split},
-                  ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else []))),
+                  ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else []), *(["judge"] if c.llm.base_url else []))),
             Stage("topics", self.label_topics, {**plain["topics"], **split},
                   ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
@@ -268,8 +275,19 @@ class Recipe(Workspace):
             self.library, self.training, self.directory / "mine", scorer, c.cross_encoder.depth, out_dir
         )
 
+    def judge(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        with llm.open_client(self.config.llm, self.directory) as client:
+            return judge.judge(self.library, self.training, self.directory / "mine", client, self.config, out_dir)
+
+    def plan_judge(self) -> str:
+        """What `judge` would send, as a table."""
+        with llm.open_client(self.config.llm, self.directory) as client:
+            plan = judge.plan(self.library, self.training, self.directory / "mine", client, self.config)
+            return estimate.table(plan, self.config.llm, client.log.totals)
+
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        return negatives.make(self.library, self.training, self.directory / "mine", self.config, out_dir)
+        verdicts = functools.partial(judge.read, self.directory / "judge") if self.config.llm.base_url else None
+        return negatives.make(self.library, self.training, self.directory / "mine", verdicts, self.config, out_dir)
 
     def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
         def embed(texts: list[str]) -> np.ndarray:

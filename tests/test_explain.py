@@ -115,7 +115,7 @@ def test_every_drop_is_told_with_its_rule_score_and_threshold(tmp_path):
 
 @pytest.mark.parametrize("cell", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1"])
 def test_a_cell_of_the_sheet_is_never_a_formula(tmp_path, cell):
-    audit.write_sheet(tmp_path / "s.csv", [[cell, "plain", 'with "quotes", commas']])
+    audit.write_sheet(tmp_path / "s.csv", audit.SHEET, [[cell, "plain", 'with "quotes", commas']])
     content = (tmp_path / "s.csv").read_bytes()
     assert content.startswith(b"\xef\xbb\xbf")
     rows = list(csv.reader(content.decode("utf-8-sig").splitlines()))

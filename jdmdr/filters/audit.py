@@ -72,9 +72,9 @@ def sample(
             ]  # fmt: skip
 
 
-def write_sheet(path: pathlib.Path, rows: Iterable[Sequence[str]]) -> None:
+def write_sheet(path: pathlib.Path, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A CSV that spreadsheets open as UTF-8; no cell is taken for a formula."""
     with atomic(path) as temporary, open(temporary, "w", encoding="utf-8-sig", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(SHEET)
+        writer.writerow(header)
         writer.writerows([f"'{cell}" if cell.startswith(FORMULA) else cell for cell in row] for row in rows)

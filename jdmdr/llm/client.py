@@ -46,6 +46,15 @@ class Request(NamedTuple):
     vote: int = 0  # tells apart calls that are to be sampled more than once
     schema: Mapping[str, Any] | None = None  # JSON schema of the reply, sent where the server takes one
 
+    @property
+    def content(self) -> str:
+        return "".join(message["content"] for message in self.messages)
+
+    @property
+    def bytes(self) -> int:
+        """UTF-8 of its prompt."""
+        return len(self.content.encode("utf-8", "replace"))
+
 
 class Reply(NamedTuple):
     text: str  # "" for a refusal without words, and for what was rejected or failed
@@ -98,6 +107,11 @@ class Client:
             self._config.model, request.version, [dict(m) for m in request.messages], params, request.vote
         )
 
+    def known(self, key: str) -> Reply | None:
+        """The answer that the log holds."""
+        record = self.log.get(key)
+        return Reply(*(record[field] for field in Reply._fields)) if record else None
+
     async def complete(self, request: Request) -> Reply:
         """The answer to a request; the same request on its way is waited for, not sent twice.
 
@@ -105,8 +119,8 @@ class Client:
           UserError: the server cannot be used (it is down, refuses the key, does not know the model), or the budget is spent.
         """
         key = self.key(request)
-        if record := self.log.get(key):
-            return Reply(*(record[field] for field in Reply._fields))
+        if reply := self.known(key):
+            return reply
         if key not in self._on_their_way:
             task = asyncio.ensure_future(self._ask(request, key))
             self._on_their_way[key] = task
@@ -138,7 +152,7 @@ class Client:
                 record = {
                     "key": key, "purpose": request.purpose, "about": request.about, "version": request.version,
                     "vote": request.vote, "model": self._config.model, "requests": counter.requests, "cost": taken.cost,
-                    "seconds": round(time.monotonic() - start, 3), "bytes": len(_content(request).encode("utf-8", "replace")),
+                    "seconds": round(time.monotonic() - start, 3), "bytes": request.bytes,
                     **reply._asdict(),
                 }  # fmt: skip
                 if reply.finish == FAILED:  # counted, and asked again by the next run
@@ -194,7 +208,7 @@ class Client:
         refusal = getattr(choice.message, "refusal", None)
         text = choice.message.content or refusal or ""
         usage = found.usage
-        tokens_in = usage.prompt_tokens if usage else estimate.tokens(_content(request))
+        tokens_in = usage.prompt_tokens if usage else estimate.tokens(request.content)
         tokens_out = usage.completion_tokens if usage else estimate.tokens(text)
         finish = REFUSED if refusal else str(choice.finish_reason)
         return Reply(text, finish, int(tokens_in), int(tokens_out))
@@ -219,7 +233,7 @@ class Client:
                 raise httpx2.DecodingError("the reply is no chat completion", request=response.request)
 
     def _most(self, request: Request) -> Spending:
-        tokens_in, tokens_out = estimate.most_tokens(_content(request)), request.params.get("max_tokens", 0)
+        tokens_in, tokens_out = estimate.most_tokens(request.content), request.params.get("max_tokens", 0)
         return Spending(1, tokens_in + tokens_out, self.budget.cost(tokens_in, tokens_out))
 
     # ---------------------------------------------------------------------------------------------- what goes wrong
@@ -345,10 +359,6 @@ def open_client(config: ConfigDict, directory: pathlib.Path) -> Iterator[Client]
 
 async def _made(config: ConfigDict, log: Log, loop: asyncio.Runner) -> Client:
     return Client(config, log, loop)
-
-
-def _content(request: Request) -> str:
-    return "".join(message["content"] for message in request.messages)
 
 
 def _names(said: str, pattern: str) -> bool:

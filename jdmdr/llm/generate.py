@@ -6,7 +6,6 @@ instructions say so.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,6 +16,7 @@ from jdmdr import hashing
 from jdmdr.datasets import scripts
 from jdmdr.llm.client import FAILED, REFUSED, REJECTED, Client, Reply, Request
 from jdmdr.llm.parse import without_thoughts
+from jdmdr.llm.prompts import tagged
 
 VERSION = "generate-1"  # of the two prompts below
 SUMMARISE = (
@@ -91,12 +91,6 @@ def line(text: str) -> str:
     if len(lines) > 1 and lines[0].endswith((":", "：")):
         lines = lines[1:]
     return " ".join(lines[0].strip("\"'`*“”„‟«»‘’「」『』").split()) if lines else ""
-
-
-def tagged(tag: str, text: str) -> str:
-    """The text between tags that nothing in it can close."""
-    inside = re.sub(rf"<(?=\s*/?\s*{tag}\b)", "‹", text, flags=re.I)
-    return f"<{tag}>\n{inside}\n</{tag}>"
 
 
 def cut(text: str, most: int) -> str:
