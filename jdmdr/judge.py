@@ -68,12 +68,10 @@ def langs(library: Library, config: ConfigDict) -> list[str]:
     return [lang for lang in library.langs if not wanted or lang in wanted]
 
 
-def rules(config: ConfigDict) -> list[Filter]:
-    """The filters before the judge; without `judge.score_rules` those stay out that stand in for it."""
+def active_rules(config: ConfigDict) -> dict[str, Any]:
+    """The filter rules before the judge; without `judge.score_rules` those are off that stand in for it."""
     filters = config.filters.to_dict()
-    return rules_from_config(
-        {key: filters[key] for key in filters if config.judge.score_rules or key not in SCORE_RULES}
-    )
+    return filters if config.judge.score_rules else filters | dict.fromkeys(SCORE_RULES)
 
 
 def work_of(
@@ -92,7 +90,7 @@ def work_of(
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
     candidates = Candidates(*(np.asarray(values)[chosen] for values in candidates))
     context = Context([queries[q].positives - base for q in chosen], text)
-    _, reasons_QxK, _ = apply_filters(candidates, rules(config), context)
+    _, reasons_QxK, _ = apply_filters(candidates, rules_from_config(active_rules(config)), context)
     docid = docid_lookup(collection, [mined])
     far_QxK = np.zeros(reasons_QxK.shape, bool)
     if judge.keep_below is not None:
@@ -179,6 +177,16 @@ def counts_table(counts: Mapping[str, Mapping[str, int]], form: str = "simple") 
     rows = [[lang, *of.values()] for lang, of in counts.items()]
     rows.append(["all", *(sum(column) for column in list(zip(*rows, strict=True))[1:])])
     return tabulate(rows, ["lang", *next(iter(counts.values()))], tablefmt=form, intfmt=",")
+
+
+def report(counts: Mapping[str, Any] | None, config: ConfigDict) -> list[str]:
+    """Paragraphs of Markdown about the judge; `counts` are what the stage recorded, None where there is none."""
+    if counts is None:
+        return ["No language model judged the candidates (`llm.base_url` is empty): the rule filters stand in for it."]
+    parts = [f"`{config.llm.model}` judged the candidates.", counts_table(counts["languages"], "github")]
+    if counts["calibration"]:
+        parts += ["What it says about pairs that people judged:", calibration.table(counts["calibration"], "github")]
+    return parts + [f"**Warning:** {warning}" for warning in calibration.warnings(counts["calibration"], config.judge)]
 
 
 # ------------------------------------------------------------------------------------------- what others read of it

@@ -17,11 +17,11 @@ import collections
 import pathlib
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdmdr import hashing, progress
+from jdmdr import hashing, judge, progress
 from jdmdr.corpus import Collection, passage_text, write_jsonl
 from jdmdr.filters import (
     CROSS_ENCODER,
@@ -41,9 +41,6 @@ from jdmdr.library import Library, TrainingQuery, docid_lookup
 from jdmdr.mine import Mined, candidate_pool, read_mined
 from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
-
-if TYPE_CHECKING:
-    from jdmdr.judge import Judged
 
 SOURCES = ("retrieval", "judged", "random")
 RETRIEVAL, JUDGED, RANDOM = range(len(SOURCES))
@@ -183,7 +180,7 @@ def training_rows(
 
 
 def make(
-    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, verdicts: Callable[[str], Judged] | None,
+    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, verdicts: Callable[[str], judge.Judged] | None,
     config: Any, out_dir: pathlib.Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Selects the negatives of every language and explains the filters; returns the counts per language.
@@ -226,7 +223,8 @@ def make(
         text = lambda row, of=collection: passage_text(of.passage(row))
         sheet += audit.sample(lang, config.audit.rows, queries, base, *shown, text, config.seed)
     audit.write_sheet(out_dir / "audit.csv", audit.SHEET, sheet)
-    shown = explain.explain(scored, compared, config.filters.to_dict(), out_dir)
+    active = judge.active_rules(config) if verdicts else config.filters.to_dict()
+    shown = explain.explain(scored, compared, active, out_dir)
     dropped = collections.Counter()
     for counts in totals.values():
         dropped.update({**dict(counts["dropped"]), "kept": counts["kept"]})

@@ -14,6 +14,7 @@ import numpy as np
 from jdmdr import encode, metrics, pictures, scores, workdir
 from jdmdr.corpus import passage_text
 from jdmdr.filters.explain import ALL, KINDS
+from jdmdr.llm import calibration
 from jdmdr.metrics import AVERAGE
 from jdmdr.splits import Split, Target
 
@@ -66,6 +67,7 @@ def gather(recipe: Recipe) -> dict[str, Any]:
         "shares": _shares(counts["train"]),
         "histograms": pictures.score_histograms("scores", negatives["histograms"]) if negatives["histograms"] else "",
         "negatives": negatives,
+        "judge": _judge(recipe),
         "quantiles": [f"{q:.0%}" for q in negatives["quantiles"]],
         "all_languages": ALL,
         "kinds": KINDS,
@@ -213,6 +215,18 @@ def _shown(target: Target, docid: str) -> str:
     passage = target.passage(docid)
     text = passage_text(passage) if passage else ""
     return text if len(text) <= TEXT else text[: TEXT - 1].rsplit(" ", 1)[0] + " …"
+
+
+def _judge(recipe: Recipe) -> dict[str, Any] | None:
+    """What the language model did with the candidates; None without one."""
+    if not recipe.config.llm.base_url:
+        return None
+    counts = workdir.counts_of(recipe.directory, "judge")
+    return {
+        "model": recipe.config.llm.model,
+        **counts,
+        "warnings": list(calibration.warnings(counts["calibration"], recipe.config.judge)),
+    }
 
 
 # ------------------------------------------------------------------------------------------------------- the embeddings

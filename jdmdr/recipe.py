@@ -74,6 +74,8 @@ class Recipe(Workspace):
         ensemble = retrievers.parse(c.mine.retrievers)
         raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        crossed = ("cross_encoder",) if c.cross_encoder.name else ()
+        judged = ("judge",) if c.llm.base_url else ()
         pooled = any(s.corpus in POOLED for s in self.splits)
         needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
         needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
@@ -97,10 +99,10 @@ class Recipe(Workspace):
             *([Stage("judge", self.judge,
                      {"judge": plain["judge"], "filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives,
                       "model": c.llm.model, "extra_body": c.llm.extra_body, "prompt": prompts.JUDGE, **split},
-                     ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else [])))] if c.llm.base_url else []),
+                     ("corpus", "mine", *crossed))] if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split},
-                  ("corpus", "mine", *(["cross_encoder"] if c.cross_encoder.name else []), *(["judge"] if c.llm.base_url else []))),
+                  ("corpus", "mine", *crossed, *judged)),
             Stage("topics", self.label_topics, {**plain["topics"], **split},
                   ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
@@ -111,7 +113,7 @@ class Recipe(Workspace):
                    *([] if self.evaluates_alone else ["embeddings"]))),
             Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
                   ("corpus", "tokenizer", "train", "evaluate")),
-            Stage("report", self.report, {}, ("corpus", "negatives", "warmup", "train", "embeddings", "evaluate", "export")),
+            Stage("report", self.report, {}, ("corpus", *judged, "negatives", "warmup", "train", "embeddings", "evaluate", "export")),
         ]  # fmt: skip
         return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
 

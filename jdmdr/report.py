@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from jdmdr import page, workdir
+from jdmdr import judge, page, workdir
 
 if TYPE_CHECKING:
     from jdmdr.recipe import Recipe
@@ -90,7 +90,10 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
         headers = ["share of the queries", *(lang for lang, _ in shares)]
         lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
     lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
-    lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), "", "## Data", ""]
+    lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), ""]
+    judged = workdir.counts_of(directory, "judge") if c.llm.base_url else None
+    lines += [line for paragraph in judge.report(judged, c) for line in (paragraph, "")]
+    lines += ["## Data", ""]
     lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), ""]
     lines += [f"- {warning}" for lang in sorted(counts["corpus"]) for warning in counts["corpus"][lang]["warnings"]]
     lines += ["", "## Settings", ""]
@@ -126,7 +129,7 @@ def _flat(config: dict[str, Any], prefix: str = ""):
     for key, value in config.items():
         if isinstance(value, dict):
             yield from _flat(value, f"{prefix}{key}.")
-        elif prefix + key != "data.root":  # a path of this machine, and no setting of the experiment
+        elif prefix + key not in ("data.root", "llm.base_url", "llm.cache"):  # of this machine, not of the experiment
             if isinstance(value, str) and pathlib.Path(value).is_absolute():
                 value = pathlib.Path(value).name
             yield prefix + key, "off" if value is None else repr(value).replace("|", "\\|")
