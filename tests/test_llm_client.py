@@ -170,8 +170,8 @@ def test_what_may_pass_is_repeated(tmp_path, fault):
 
 
 @pytest.mark.parametrize("fault, finish", [("refusal", llm.REFUSED), ("filtered", "content_filter"), ("empty", "stop"),
-                                           ("length", "length"), ("too long", llm.REJECTED)])  # fmt: skip
-def test_refusals_cut_replies_and_what_is_too_long_are_answers(tmp_path, fault, finish):
+                                           ("length", "length")])  # fmt: skip
+def test_refusals_and_cut_replies_are_answers(tmp_path, fault, finish):
     with serve(faults(*[fault] * 9)) as server:
         for _ in range(2):
             (reply,) = ask(settings(server.base_url), tmp_path, [question("q")])
@@ -179,15 +179,38 @@ def test_refusals_cut_replies_and_what_is_too_long_are_answers(tmp_path, fault, 
         assert len(server.requests) == 1
 
 
-def test_a_call_given_up_is_counted_and_asked_again_by_the_next_run(tmp_path):
-    with serve(faults("500", "500", "500", retry_after=0.01)) as server:
-        config = settings(server.base_url)
+@pytest.mark.parametrize("fault, finish, told", [
+    ("500", llm.FAILED, "1 calls failed, the last because the server answered 500"),
+    ("too long", llm.REJECTED, "1 calls rejected, the last because the server answered 400 (This model's maximum context length"),
+    ("slow", llm.FAILED, "because no answer within llm.timeout=0.3 seconds"), ("drop", llm.FAILED, "because the connection broke"),
+    ("malformed", llm.FAILED, "because the connection broke (the reply is no chat completion)"),
+])  # fmt: skip
+def test_a_call_given_up_is_told_counted_replayed_and_asked_again_by_the_next_run(
+    tmp_path, capsys, fault, finish, told
+):
+    with serve(faults(fault, delay=1.0)) as server:
+        config = settings(server.base_url, retries=0, timeout=0.3)
         (reply,) = ask(config, tmp_path, [question("q")])
-        assert reply == llm.Reply("", llm.FAILED)
-        assert texts(ask(config, tmp_path, [question("q")])) == ["ok"]
-        assert len(server.requests) == 4
+        assert reply == llm.Reply("", finish) and told in capsys.readouterr().err
+        replay = settings(server.base_url, max_calls=0)
+        assert ask(replay, tmp_path, [question("q")]) == [reply] and len(server.requests) == 1
+        assert texts(ask(config, tmp_path, [question("q")])) == texts(ask(replay, tmp_path, [question("q")])) == ["ok"]
+        assert len(server.requests) == 2
     with llm.open_client(config, tmp_path) as client:
-        assert client.log.totals[:2] == (1, 4)
+        assert client.log.totals[:2] == (1, 2)
+
+
+def test_a_parameter_that_the_server_never_takes_stops_the_run_and_single_rejections_do_not(tmp_path):
+    with serve(lambda request, number: error(400, "unknown parameter")) as server:
+        config = settings(server.base_url, max_failures=3, concurrency=1)
+        with pytest.raises(
+            UserError, match=r"3 calls in a row failed, the last because the server answered 400 \(unknown"
+        ):
+            ask(config, tmp_path, [question(f"q{i}") for i in range(9)])
+        assert len(server.requests) == 3
+    with serve(lambda request, number: error(400, "too long") if number else "ok") as server:
+        config = settings(server.base_url, max_failures=3, concurrency=1)
+        assert len(ask(config, tmp_path, [question(f"q{i}") for i in range(9)])) == 9
 
 
 def test_failures_in_a_row_stop_the_run_with_the_servers_words(tmp_path):

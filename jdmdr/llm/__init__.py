@@ -13,9 +13,9 @@
         summaries = client.map(summarise, passages, "  summarising", "passages")
 
 An answer that reached the log under `llm.cache` is never asked for again, so that a killed run goes on where it was, and with
-`llm.max_calls=0` a log is replayed without a server. A refusal, a reply cut at max_tokens and what the server will never take
-(finish "rejected", e.g. longer than its context) are answers too, and stay. A call that was given up after its repetitions
-(finish "failed") is asked again by the next run. What makes going on pointless is a `UserError`: no server, no such model, no
+`llm.max_calls=0` a log is replayed without a server. A refusal and a reply cut at max_tokens are answers too, and stay. What the
+server does not take (finish "rejected", e.g. longer than its context) and what was given up after its repetitions (finish
+"failed") comes back without text, and is asked again by the next run. What makes going on pointless is a `UserError`: no server, no such model, no
 key, `llm.max_failures` failures in a row, or the budget (`BudgetSpent`). docs/llm.md has the keys.
 """
 

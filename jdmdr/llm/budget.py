@@ -66,11 +66,12 @@ class Budget:
             self.spent = _added(self.spent, taken)
             self._changed.notify_all()
 
-    def check_repetition(self, repeated: int) -> None:
-        """Raises BudgetSpent where `repeated` more requests than were held back would pass the limit."""
-        limit = self.limits["calls"]
-        if limit is not None and self.spent.calls + self.held.calls + repeated > limit:
-            raise BudgetSpent(self._sentence("calls"))
+    def hold_repetition(self) -> None:
+        """Holds back one more request of a call on its way; raises BudgetSpent where it does not fit."""
+        more = Spending(1, 0, 0.0)
+        if too_small := self._too_small(more):
+            raise BudgetSpent(self._sentence(too_small))
+        self.held = _added(self.held, more)
 
     def _too_small(self, most: Spending) -> str | None:
         wanted = _added(_added(self.spent, self.held), most)._asdict()

@@ -8,7 +8,6 @@ import contextvars
 import json
 import os
 import pathlib
-import re
 import signal
 import threading
 import time
@@ -27,10 +26,11 @@ from jdmdr.llm.log import Log
 from jdmdr.types import UserError
 
 Item, Result = TypeVar("Item"), TypeVar("Result")
-REJECTED = "rejected"  # finish of a call that the server will never take, such as one longer than its context
-FAILED = "failed"  # finish of a call that was given up after its repetitions; the only one that is asked again
+REJECTED = "rejected"  # finish of a call that the server does not take as it is, such as one longer than its context
+FAILED = "failed"  # finish of a call that was given up after its repetitions
+GIVEN_UP = (REJECTED, FAILED)  # these are asked again by the next run
 REFUSED = "refusal"  # finish of a reply that is a refusal; its text is the model's words for it
-_ANSWERED = (400, 413, 422)  # statuses that say so of the call itself
+_REJECTIONS = (400, 413, 422)  # statuses
 _CONNECT_SECONDS = 10.0
 NO_KEY = "none"  # what a server without keys is sent, since the openai package wants one
 
@@ -57,7 +57,7 @@ class Request(NamedTuple):
 
 
 class Reply(NamedTuple):
-    text: str  # "" for a refusal without words, and for what was rejected or failed
+    text: str  # "" for a refusal without words, and for what was given up
     finish: str  # stop, length, ... as the server says; REFUSED, REJECTED or FAILED
     tokens_in: int = 0
     tokens_out: int = 0
@@ -97,6 +97,9 @@ class Client:
         self._takes_schemas: bool | None = None  # not known before the first call with one
         self._on_their_way: dict[str, asyncio.Task[Reply]] = {}
         self._failures_in_a_row = self._answered = 0
+        self._given_up: dict[
+            str, tuple[int, str]
+        ] = {}  # finish: how many since this was last told, and why the last one
 
     # ------------------------------------------------------------------------------------------------ for the stages
 
@@ -108,9 +111,11 @@ class Client:
         )
 
     def known(self, key: str) -> Reply | None:
-        """The answer that the log holds."""
+        """The answer that the log holds. In a replay what was given up then is given up again."""
         record = self.log.get(key)
-        return Reply(*(record[field] for field in Reply._fields)) if record else None
+        if record is None or "error" in record and self._config.max_calls != 0:
+            return None
+        return Reply(*(record.get(field, "") for field in Reply._fields))
 
     async def complete(self, request: Request) -> Reply:
         """The answer to a request; the same request on its way is waited for, not sent twice.
@@ -155,21 +160,20 @@ class Client:
                     "seconds": round(time.monotonic() - start, 3), "bytes": request.bytes,
                     **reply._asdict(),
                 }  # fmt: skip
-                if reply.finish == FAILED:  # counted, and asked again by the next run
+                if reply.finish in GIVEN_UP:
                     record["error"] = record.pop("text")
-                    reply = reply._replace(text="")
                 self.log.add(record)
             finally:
-                await self.budget.settle(most, taken)
-        self._count(reply, record)
-        return reply
+                await self.budget.settle(most._replace(calls=max(1, counter.requests)), taken)
+        self._count(reply)
+        return reply._replace(text="") if reply.finish in GIVEN_UP else reply
 
     async def _send(self, request: Request) -> Reply:
         schema = request.schema if self._takes_schemas is not False else None
         try:
             reply = await self._post(request, schema)
         except openai.APIStatusError as error:
-            if error.status_code in _ANSWERED and schema and self._takes_schemas is None:
+            if error.status_code in _REJECTIONS and schema and self._takes_schemas is None:
                 reply = await self._send_without_schema(request, error)
             else:
                 reply = self._told(error)
@@ -217,7 +221,7 @@ class Client:
         """Of every request, repetitions included: they wait for the rate limit and count to the budget."""
         counter = _sent.get()
         if counter.requests:
-            self.budget.check_repetition(counter.requests)
+            self.budget.hold_repetition()
         if self._limiter:
             await self._limiter.acquire()
         counter.requests += 1
@@ -258,24 +262,27 @@ class Client:
                 f"llm.model {c.model!r} is not known to the server at llm.base_url {c.base_url}, or the address lacks "
                 f"its path, mostly /v1 ({said})"
             ) from error
-        if status in _ANSWERED:
-            if not self._answered and _names(said, "model") and not _names(said, "context|length|token"):
-                raise UserError(
-                    f"llm.model {c.model!r}: the server at {c.base_url} answered {status} ({said})"
-                ) from error
-            return Reply("", REJECTED)
-        return Reply(f"the server answered {status} ({said})", FAILED)
+        return Reply(f"the server answered {status} ({said})", REJECTED if status in _REJECTIONS else FAILED)
 
-    def _count(self, reply: Reply, record: Mapping[str, Any]) -> None:
-        if reply.finish != FAILED:
+    def _count(self, reply: Reply) -> None:
+        """Stops the run after too many calls in a row that came to nothing; single ones may well be rejected."""
+        if reply.finish not in GIVEN_UP:
             self._failures_in_a_row, self._answered = 0, self._answered + 1
             return
-        self._failures_in_a_row += 1
+        self._given_up[reply.finish] = self._given_up.get(reply.finish, (0, ""))[0] + 1, reply.text
+        self._failures_in_a_row += reply.finish == FAILED or not self._answered
         if self._failures_in_a_row >= self._config.max_failures:
             raise UserError(
                 f"llm.base_url {self._config.base_url}: {self._failures_in_a_row} calls in a row failed, the last because "
-                f"{record['error']}; what was answered is kept, and the same command goes on from here"
+                f"{reply.text}; what was answered is kept, and the same command goes on from here"
             )
+
+    def _tell_given_up(self) -> None:
+        for finish, (count, reason) in self._given_up.items():
+            progress.say(
+                f"  warning: {count:,} calls {finish}, the last because {reason}; the next run asks them again"
+            )
+        self._given_up = {}
 
     def _unreachable(self, error: BaseException) -> str:
         kept = (
@@ -310,6 +317,7 @@ class Client:
             raise errors.exceptions[0] from None
         finally:
             bar.close()
+        self._tell_given_up()
         return results
 
     def _spent(self) -> str:
@@ -359,7 +367,3 @@ def open_client(config: ConfigDict, directory: pathlib.Path) -> Iterator[Client]
 
 async def _made(config: ConfigDict, log: Log, loop: asyncio.Runner) -> Client:
     return Client(config, log, loop)
-
-
-def _names(said: str, pattern: str) -> bool:
-    return re.search(pattern, said, re.I) is not None

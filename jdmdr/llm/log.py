@@ -1,6 +1,6 @@
 """The append-only log of what a language model answered, and the index by which an answer is found again.
 
-    calls.jsonl     one JSON object an answer, in the order of arrival; nothing in it is ever changed
+    calls.jsonl     one JSON object a call, in the order of arrival; nothing in it is ever changed
     index.sqlite    content key -> place in the log; made anew from the log whenever the two disagree
 
 The log alone is what counts: a line that a kill or a full disk cut off is dropped when the log is next opened, and the call
@@ -21,7 +21,7 @@ from jdmdr.types import UserError
 
 LOG, INDEX = "calls.jsonl", "index.sqlite"
 _TABLES = """
-CREATE TABLE IF NOT EXISTS answers (key BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS calls (key BLOB PRIMARY KEY, place INTEGER NOT NULL) WITHOUT ROWID;
 CREATE TABLE IF NOT EXISTS totals (one INTEGER PRIMARY KEY CHECK (one = 1), read INTEGER, answers INTEGER,
     requests INTEGER, bytes INTEGER, tokens_in INTEGER, tokens_out INTEGER, cost REAL, seconds REAL);
 INSERT OR IGNORE INTO totals VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0);
@@ -31,7 +31,7 @@ INSERT OR IGNORE INTO totals VALUES (1, 0, 0, 0, 0, 0, 0, 0, 0);
 class Totals(NamedTuple):
     """Of all that the log holds."""
 
-    answers: int  # replies, usable or not
+    answers: int  # replies of the model, usable or not
     requests: int  # sent for them and for what was given up, repetitions included
     bytes: int  # UTF-8 of the prompts
     tokens_in: int
@@ -58,9 +58,9 @@ class Log:
             self._renew_index()
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record of an answer, None where there is none yet."""
+        """The last record of a call: its answer, or the error for which it was given up; None where there is none."""
         try:
-            found = self._index.execute("SELECT place FROM answers WHERE key = ?", (bytes.fromhex(key),)).fetchone()
+            found = self._index.execute("SELECT place FROM calls WHERE key = ?", (bytes.fromhex(key),)).fetchone()
         except sqlite3.DatabaseError:
             self._renew_index()
             return self.get(key)
@@ -93,8 +93,8 @@ class Log:
         self._index.close()
 
     def _enter(self, record: dict[str, Any], place: int, end: int) -> None:
-        if "text" in record:
-            self._index.execute("INSERT OR IGNORE INTO answers VALUES (?, ?)", (bytes.fromhex(record["key"]), place))
+        if record:
+            self._index.execute("INSERT OR REPLACE INTO calls VALUES (?, ?)", (bytes.fromhex(record["key"]), place))
         of = [record.get(field, 0) for field in Totals._fields[1:]]
         self._index.execute(
             "UPDATE totals SET read = ?, answers = answers + ?, requests = requests + ?, bytes = bytes + ?, tokens_in = tokens_in + ?, "
