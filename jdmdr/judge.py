@@ -27,8 +27,18 @@ from tabulate import tabulate
 
 from jdmdr import hashing, progress
 from jdmdr.corpus import passage_text, write_jsonl
-from jdmdr.filters import Candidates, Context, Filter, apply_filters, rules_from_config
-from jdmdr.filters.rules import SCORE_RULES, percent_of_positive
+from jdmdr.filters import (
+    CROSS_ENCODER,
+    KEPT,
+    Candidates,
+    Context,
+    Filter,
+    apply_filters,
+    cross_encoder,
+    cross_encoder_rules,
+    rules_from_config,
+)
+from jdmdr.filters.rules import SCORE_RULES, Column, percent_of_positive
 from jdmdr.library import Library, TrainingQuery, docid_lookup
 from jdmdr.llm import calibration, counting, judge_audit
 from jdmdr.llm.client import Client, Request
@@ -90,7 +100,11 @@ def work_of(
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
     candidates = Candidates(*(np.asarray(values)[chosen] for values in candidates))
     context = Context([queries[q].positives - base for q in chosen], text)
-    _, reasons_QxK, _ = apply_filters(candidates, rules_from_config(active_rules(config)), context)
+    rules = rules_from_config(active_rules(config))
+    if config.cross_encoder.name:
+        scores = cross_encoder.column(*cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang))
+        rules += cross_encoder_rules(config.filters.to_dict(), Column(*(values[chosen] for values in scores)))
+    _, reasons_QxK, _ = apply_filters(candidates, rules, context)
     docid = docid_lookup(collection, [mined])
     far_QxK = np.zeros(reasons_QxK.shape, bool)
     if judge.keep_below is not None:
@@ -99,7 +113,7 @@ def work_of(
     out = []
     for at, q in enumerate(chosen):
         query, judged = queries[q], set((queries[q].judged - base).tolist()) if judge.use_qrels else set()
-        places = np.flatnonzero(reasons_QxK[at] == -1)[: judge.depth]
+        places = np.flatnonzero(reasons_QxK[at] == KEPT)[: judge.depth]
         rows = candidates.rows_QxK[at, places].tolist()
         free = [
             QRELS if row in judged else SCORE if far_QxK[at, place] else ""
