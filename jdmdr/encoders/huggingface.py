@@ -153,14 +153,27 @@ def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
             return read(directory / whole)
         if index.is_file():
             tensors: dict[str, np.ndarray] = {}
-            for shard in sorted(set(read_json_file(index).get("weight_map", {}).values())):
-                if not (directory / shard).is_file():
-                    raise UserError(f"{directory / shard} is missing, but {index.name} names it; fetch it again")
-                tensors.update(read(directory / shard))
+            for shard in shards(index):
+                tensors.update(read(shard))
             return tensors
     raise UserError(
         f"{directory} holds neither {' nor '.join(WEIGHT_FILES)}; name a directory that holds a complete checkpoint"
     )
+
+
+def shards(index: pathlib.Path) -> list[pathlib.Path]:
+    """The files that an index names, beside it.
+
+    Raises:
+      UserError: one of them is missing, or the index names none.
+    """
+    paths = [index.with_name(name) for name in sorted(set(read_json_file(index).get("weight_map", {}).values()))]
+    for path in paths:
+        if not path.is_file():
+            raise UserError(f"{path} is missing, but {index.name} names it; fetch it again")
+    if not paths:
+        raise UserError(f"{index} names no weights; fetch it again")
+    return paths
 
 
 def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
