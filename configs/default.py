@@ -173,6 +173,27 @@ def get_config():
     c.evaluate.hybrid = "minmax"  # fusion of the trained encoder with BM25: rrf | zscore | minmax
     c.evaluate.bootstrap = 1000  # samples of the 95 % interval
 
+    c.tune = ConfigDict()  # instruction tuning of an LLM (docs/llm_tuning.md); no part of the pipeline
+    c.tune.model = ""  # directory of a Hugging Face checkpoint: Qwen3, Llama 3 or Gemma 3
+    c.tune.instructions = ""  # file of English rows {instruction, input, output}: a JSON list, or an object a line
+    c.tune.pattern = r"summar|main idea|key points|tl;dr"  # regex: which instructions, whatever its case
+    c.tune.translations = ""  # file of such rows in other languages, with lang; empty: the model of `llm` translates
+    c.tune.langs = "ar,bn,en,es,fa,fi,fr,hi,id,ja,ko,ru,sw,te,th,zh"
+    c.tune.samples = 1000  # instructions over all languages, of each equally many
+    c.tune.length = 2048  # tokens of an example; the input of a longer one is cut
+    c.tune.rank, c.tune.alpha = 8, 16.0  # of the adapters on all linear layers
+    c.tune.epochs = 5.0  # passes over the instructions
+    c.tune.steps = placeholder(int)  # optimiser updates; None: as many as the epochs take
+    c.tune.batch_size = 16  # examples a step, over all devices
+    c.tune.chunk_rows = 4  # examples computed at a time on one device: the memory
+    c.tune.learning_rate = 1e-3  # peak; falls to 0 as a cosine
+    c.tune.warmup_share = 0.1  # of the steps, linear rise
+    c.tune.clip = 1.0  # global gradient norm
+    c.tune.dtype = ""  # float32 | bfloat16 of the model; empty: bfloat16 on GPU and TPU, float32 on CPU
+    c.tune.remat = True  # recompute activations in the backward pass: less memory, about a third more time
+    c.tune.checkpoint_every = 50  # steps
+    c.tune.shard_gb = 5.0  # of a weights file of the tuned model
+
     return c.lock()
 
 

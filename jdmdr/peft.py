@@ -12,6 +12,8 @@ from jdmdr.encoders import huggingface
 from jdmdr.optim import named_leaves
 from jdmdr.workdir import write_json
 
+WEIGHTS = "adapter_model.safetensors"
+
 
 def save(
     directory: pathlib.Path, config: encoders.EncoderConfig, adapters: Any, section: Any, base: str | None
@@ -44,9 +46,14 @@ def _save_tower(
             for name in ("a", "b"):
                 tensors[f"base_model.model.{module}{stem}{name.upper()}{end}"] = leaves[f"{ours}/{name}"]
     directory.mkdir(parents=True, exist_ok=True)
-    huggingface.save_tensors(
-        {key: np.asarray(x).T for key, x in tensors.items()}, directory / "adapter_model.safetensors"
-    )
+    huggingface.save_tensors({key: np.asarray(x).T for key, x in tensors.items()}, directory / WEIGHTS)
+    write_config(directory, modules, base, section.rank, section.alpha, section.dropout, "FEATURE_EXTRACTION")
+
+
+def write_config(
+    directory: pathlib.Path, modules: list[str], base: str | None, rank: int, alpha: float, dropout: float, task: str
+) -> None:
+    """Writes `adapter_config.json`: what the adapters of these modules, in the base's words, are to peft."""
     write_json(
         directory / "adapter_config.json",
         {
@@ -54,11 +61,11 @@ def _save_tower(
             "bias": "none",
             "fan_in_fan_out": False,
             "inference_mode": True,
-            "lora_alpha": section.alpha,
-            "lora_dropout": section.dropout,
+            "lora_alpha": alpha,
+            "lora_dropout": dropout,
             "peft_type": "LORA",
-            "r": section.rank,
+            "r": rank,
             "target_modules": modules,
-            "task_type": "FEATURE_EXTRACTION",
+            "task_type": task,
         },
     )

@@ -5,7 +5,6 @@ Reading and checking a directory needs no tunix; `load` does.
 
 from __future__ import annotations
 
-import json
 import pathlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ from jdmdr.types import UserError
 
 WEIGHTS = "model.safetensors"
 INDEX = f"{WEIGHTS}.index.json"
+ITEM_BYTES = {"F32": 4, "BF16": 2, "F16": 2}  # of the types that weights may have
 
 # What config.json must hold (None) or, where it holds nothing, what transformers takes.
 SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -164,6 +164,8 @@ def _check_tensors(directory: pathlib.Path, decoder: Decoder) -> frozenset[str]:
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 view = file.get_slice(name)
+                if view.get_dtype() not in ITEM_BYTES:
+                    raise UserError(f"{name} in {path} is of type {view.get_dtype()}; only {', '.join(ITEM_BYTES)} can be tuned")
                 dtypes.add(view.get_dtype())
                 if name in expected and tuple(view.get_shape()) != expected[name]:
                     raise UserError(
@@ -282,9 +284,10 @@ def adapters(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     from flax import nnx
 
     halves: dict[tuple, dict[str, np.ndarray]] = {}
-    for (*module, name), value in nnx.iter_graph(model):
+    for path, value in nnx.iter_graph(model):
         if isinstance(value, nnx.LoRAParam):
-            halves.setdefault(tuple(module), {})[name.rsplit("_", 1)[-1]] = np.asarray(value[...], np.float32)
+            half = path[-1].rsplit("_", 1)[-1]  # w_lora_a, kernel_lora_b, ...
+            halves.setdefault(path[:-1], {})[half] = np.asarray(value[...], np.float32)
     found = {}
     for (_, layer, part, module), half in halves.items():
         a = half["a"].reshape(-1, half["a"].shape[-1]).T
@@ -299,8 +302,3 @@ def weight_sizes(d: Decoder) -> dict[str, int]:
     """Bytes of each weights file: a model is known by its config and these, for its weights may be 100 GB to read."""
     return {path.name: path.stat().st_size for path in sorted({*d.tensors.values()})}
 
-
-def write_index(directory: pathlib.Path, files: Mapping[str, str], size: int) -> None:
-    """`files` are tensor name -> file name, `size` the bytes of all tensors."""
-    text = json.dumps({"metadata": {"total_size": size}, "weight_map": dict(sorted(files.items()))}, indent=2) + "\n"
-    (directory / INDEX).write_text(text, encoding="utf-8")

@@ -1,0 +1,25 @@
+"""The language model that summarises and asks, tuned on summarisation instructions in 16 languages (DMDR, section 3.4).
+
+    make llm-env
+    .venv-llm/bin/python -m jdmdr.llm.tune --config configs/llm_tune.py --workdir runs/llm \\
+        --config.tune.model=DIR --config.tune.instructions=FILE \\
+        --config.llm.base_url=http://localhost:8000/v1 --config.llm.model=NAME
+
+DIR holds a Qwen3, Llama 3 or Gemma 3 with a chat template, FILE instructions such as Alpaca's; the server translates them,
+at most 938 calls. Then `runs/llm/merged` is a Hugging Face directory, for `vllm serve runs/llm/merged` and `llm.base_url`.
+
+Hardware: for a model of N billion parameters about 2.5 N GB of GPU or TPU memory over all devices, and twice its size of disk.
+Expect: the loss in `adapter/log.jsonl` falls. The paper tunes Llama-3.1-70B-Instruct and gives no figure for it.
+
+`configs/llm_tune.py:smoke` takes 5 steps on at most 16 instructions in English alone.
+"""
+
+from configs import default
+
+
+def get_config(arg=""):
+    c = default.smoke(default.get_config(), arg)
+    if arg:
+        c.tune.langs, c.tune.samples, c.tune.steps = "en", 16, 5
+        c.tune.batch_size, c.tune.chunk_rows, c.tune.length, c.tune.checkpoint_every = 4, 2, 256, 2
+    return c
