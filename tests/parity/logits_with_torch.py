@@ -1,21 +1,20 @@
 """Loads language models with transformers and saves their logits; runs where torch is installed.
 
-python logits_with_torch.py IDS.npy OUT.npz DIRECTORY...
+python logits_with_torch.py IDS.npy OUT.npz NAME=DIRECTORY...
 """
 
-import pathlib
 import sys
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 
-ids_BxT, out, *directories = sys.argv[1:]
+path, out, *directories = sys.argv[1:]
+ids_BxT = torch.from_numpy(np.load(path)).long()
 found = {}
-for directory in directories:
+for name, directory in (argument.split("=", 1) for argument in directories):
     model, problems = AutoModelForCausalLM.from_pretrained(directory, dtype="float32", output_loading_info=True)
     assert not any(problems.values()), problems
     with torch.no_grad():
-        logits = model.eval()(input_ids=torch.from_numpy(np.load(ids_BxT)).long()).logits
-    found[pathlib.Path(directory).name] = logits.numpy()
+        found[name] = model.eval()(input_ids=ids_BxT).logits.numpy()
 np.savez(out, **found)

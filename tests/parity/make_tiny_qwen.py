@@ -13,8 +13,8 @@ TEMPLATE = (
 )
 
 
-def main(directory: str) -> None:
-    torch.manual_seed(0)
+def save_tokenizer(directory: str) -> dict[str, int]:
+    """One token a byte and the template's three; returns the vocabulary."""
     vocab = {piece: i for i, piece in enumerate(SPECIAL + sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -24,6 +24,12 @@ def main(directory: str) -> None:
     )
     fast.chat_template = TEMPLATE
     fast.save_pretrained(directory)
+    return vocab
+
+
+def main(directory: str) -> None:
+    torch.manual_seed(0)
+    vocab = save_tokenizer(directory)
     config = Qwen3Config(
         vocab_size=len(vocab), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, head_dim=16, max_position_embeddings=8192, tie_word_embeddings=False,
@@ -39,4 +45,5 @@ def main(directory: str) -> None:
     model.save_pretrained(directory)
 
 
-main(sys.argv[1])
+if __name__ == "__main__":
+    main(sys.argv[1])

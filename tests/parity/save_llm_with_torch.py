@@ -1,4 +1,4 @@
-"""Saves tiny random language models with transformers; runs where torch is installed.
+"""Saves tiny random language models, one of each family that can be tuned; runs where torch is installed.
 
 python save_llm_with_torch.py OUT
 """
@@ -7,30 +7,24 @@ import pathlib
 import sys
 
 import torch
+from make_tiny_qwen import save_tokenizer
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-TEMPLATE = (
-    "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
-)
-SPECIAL = ["<pad>", "<|user|>", "<|assistant|>", "<|end|>"]
-# Llama 3.1's rotary frequencies, their bend inside a text of the test's length.
+SHAPE = {
+    "vocab_size": 259, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 2, "pad_token_id": 0, "bos_token_id": None,
+}  # fmt: skip
+# Llama 3.1's rotary frequencies, bent within the length of the test's texts.
 BENT = {
     "rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
-SHAPE = {
-    "vocab_size": 320, "hidden_size": 48, "intermediate_size": 80, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "head_dim": 16, "max_position_embeddings": 512, "eos_token_id": 3, "pad_token_id": 0,
 }  # fmt: skip
 MODELS = {
     "qwen3": lambda: Qwen3ForCausalLM(Qwen3Config(**SHAPE, num_hidden_layers=2, tie_word_embeddings=True)),
@@ -42,22 +36,6 @@ MODELS = {
     ),
 }
 
-
-def tokenizer():
-    bytes_ = Tokenizer(models.BPE())
-    bytes_.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bytes_.decoder = decoders.ByteLevel()
-    bytes_.train_from_iterator(
-        ["Summarise this text."],
-        trainers.BpeTrainer(
-            vocab_size=SHAPE["vocab_size"], special_tokens=SPECIAL, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-        ),
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=bytes_, eos_token="<|end|>", pad_token="<pad>", chat_template=TEMPLATE
-    )
-
-
 for seed, (name, build) in enumerate(MODELS.items()):
     torch.manual_seed(seed)
     model = build()
@@ -66,4 +44,4 @@ for seed, (name, build) in enumerate(MODELS.items()):
             parameter.add_(0.1 * torch.randn_like(parameter))
     out = pathlib.Path(sys.argv[1]) / name
     model.save_pretrained(out, max_shard_size="60KB" if name == "llama" else "1GB")
-    tokenizer().save_pretrained(out)
+    save_tokenizer(str(out))
