@@ -52,7 +52,7 @@ setup(
         "cuda": ["jax[cuda12]", "faiss-gpu-cu12"],
         "tpu": ["jax[tpu]"],
         "data": ["importlib-resources", "tensorflow-datasets"],  # the second imports the first without asking for it
-        "llm": ["google-tunix==0.1.7", "qwix==0.1.8"],  # wants an environment of its own: it holds safetensors below 0.8
+        "llm": ["google-tunix==0.1.7", "qwix==0.1.8"],  # in an environment of its own: older safetensors
         "fasttext": ["fasttext-wheel"],
         "test": [
             "fasttext-wheel",

@@ -188,7 +188,7 @@ def get_config():
     c.tune.chunk_rows = 4  # examples computed at a time on one device: the memory
     c.tune.learning_rate = 1e-3  # peak; falls to 0 as a cosine
     c.tune.warmup_share = 0.1  # of the steps, linear rise
-    c.tune.clip = 1.0  # global gradient norm
+    c.tune.clip = 1.0  # global gradient norm; 0: off
     c.tune.dtype = ""  # float32 | bfloat16 of the model; empty: bfloat16 on GPU and TPU, float32 on CPU
     c.tune.remat = True  # recompute activations in the backward pass: less memory, about a third more time
     c.tune.checkpoint_every = 50  # steps

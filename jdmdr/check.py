@@ -46,6 +46,7 @@ CHOICES = {
     "judge.keep_max_label": (0, 1),
     "encoder.towers": ("", "tied", "untied"),
     "evaluate.hybrid": METHODS,
+    "tune.dtype": ("", "float32", "bfloat16"),
 }
 SECTION_CHOICES = {
     "keep": ("best", "last"),
@@ -61,6 +62,8 @@ AT_LEAST = {
     "judge.depth": 1, "judge.max_tokens": 1, "judge.passage_chars": 1, "judge.calibrate": 0, "judge.least_precision": 0, "judge.least_recall": 0,
     "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
     "cross_encoder.depth": 1, "cross_encoder.length": 1, "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
+    "tune.samples": 1, "tune.length": 1, "tune.rank": 1, "tune.alpha": 0, "tune.epochs": 0, "tune.batch_size": 1,
+    "tune.chunk_rows": 1, "tune.learning_rate": 0, "tune.clip": 0, "tune.checkpoint_every": 1, "tune.shard_gb": 0,
 }  # fmt: skip
 OPTIONAL_AT_LEAST = {
     "judge.queries": 1,
@@ -68,6 +71,7 @@ OPTIONAL_AT_LEAST = {
     "llm.max_calls": 0,
     "llm.max_tokens": 0,
     "llm.max_cost": 0,
+    "tune.steps": 1,
 }
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
@@ -97,12 +101,14 @@ def check_config(config: ConfigDict) -> None:
     for key in (
         "data.valid_share",
         "topics.least_probability",
+        "tune.warmup_share",
         *(f"{s}.{key}" for s in sections for key in ("cloze_share", "lora.dropout")),
     ):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
+    _check_regex("tune.pattern", config.tune.pattern)
     parse_fields(config.data.fields)
     for measure in parse_measures(config.evaluate.measures):
         cut = parse_measure(measure)[-1]
@@ -203,10 +209,14 @@ def _check_regexes(name: str, section: ConfigDict) -> None:
     patterns = {f"{name}.trainable": section.trainable, f"{name}.lora.target": section.lora.target}
     patterns |= {f"{name}.learning_rates": pattern for pattern, _ in section.learning_rates}
     for key, pattern in patterns.items():
-        try:
-            re.compile(pattern)
-        except re.error as error:
-            raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from None
+        _check_regex(key, pattern)
+
+
+def _check_regex(key: str, pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{key}: {pattern!r} is no regular expression ({error})") from None
 
 
 def _get(config: ConfigDict, key: str):

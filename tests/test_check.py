@@ -12,7 +12,8 @@ def recipe(name="quickstart", argument="smoke"):
 
 
 @pytest.mark.parametrize(
-    "name, argument", [("quickstart", ""), ("quickstart", "smoke"), ("dmdr", "mdpr"), ("dmdr", "smoke")]
+    "name, argument",
+    [("quickstart", ""), ("quickstart", "smoke"), ("dmdr", "mdpr"), ("dmdr", "smoke"), ("llm_tune", "smoke")],
 )
 def test_recipes_pass(name, argument):
     check_config(recipe(name, argument))
@@ -63,6 +64,11 @@ def test_recipes_pass(name, argument):
         ("encode.dimensions", -1),
         ("encode.dtype", "float8"),
         ("evaluate.hybrid", "foo"),
+        ("tune.dtype", "float16"),
+        ("tune.pattern", "(summar"),
+        ("tune.rank", 0),
+        ("tune.steps", 0),
+        ("tune.warmup_share", 1.0),
         ("evaluate.measures", "msmarco_mrr@10,recall@1000"),
     ],
 )

@@ -82,7 +82,9 @@ def test_incomplete_weights_are_refused_by_file(tmp_path):
         decoders.read(tmp_path)
     save(tmp_path, files=2)
     (tmp_path / "part-1.safetensors").rename(tmp_path / "hidden")
-    with pytest.raises(UserError, match=r"part-1\.safetensors is missing, but model\.safetensors\.index\.json names it"):
+    with pytest.raises(
+        UserError, match=r"part-1\.safetensors is missing, but model\.safetensors\.index\.json names it"
+    ):
         decoders.read(tmp_path)
     (tmp_path / "hidden").rename(tmp_path / "part-1.safetensors")
     whole = (tmp_path / "part-0.safetensors").read_bytes()
@@ -93,20 +95,3 @@ def test_incomplete_weights_are_refused_by_file(tmp_path):
     (tmp_path / "old.safetensors").write_bytes(whole)
     with pytest.raises(UserError, match=r"old\.safetensors does not belong to the weights"):
         decoders.read(tmp_path)
-
-
-def test_llama_3_1_bends_the_frequencies_of_long_waves_alone():
-    rope = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 8192}  # fmt: skip
-    plain = decoders.frequencies({"rope_type": "default", "rope_theta": 500_000.0}, 128)
-    bent = decoders.frequencies(rope, 128)
-    expected = []
-    for f in 500_000.0 ** (-np.arange(0, 128, 2) / 128):
-        wave = 2 * np.pi / f
-        share = (8192 / wave - 1.0) / (4.0 - 1.0)
-        expected.append(
-            f if wave < 8192 / 4 else f / 8 if wave > 8192 else (1 - share) * f / 8 + share * f
-        )
-    np.testing.assert_allclose(bent, expected, rtol=1e-12)
-    assert np.all(bent[:20] == plain[:20]) and np.allclose(bent[-10:], plain[-10:] / 8)
-    assert np.any((bent < plain) & (bent > plain / 8))

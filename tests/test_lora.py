@@ -134,7 +134,7 @@ def steps(encoder, params, section, own=None, count=3):
     state = init_state(trained, optimiser, frozen)
     before = jax.device_get(state)
     for _ in range(count):
-        state, _ = step(state, Tokens(*map(jnp.asarray, TOKENS)))
+        state, _ = step(state, jax.tree.map(jnp.asarray, TOKENS))
     return before, jax.device_get(state)
 
 

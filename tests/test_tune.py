@@ -1,4 +1,4 @@
-"""Tuning in an environment of its own, its results loaded by transformers in another."""
+"""Tuning, most of it in an environment of its own, and its results loaded by transformers in another."""
 
 import json
 import os
@@ -7,8 +7,13 @@ import signal
 import subprocess
 import time
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from test_decoders import save
+
+from jdmdr.llm import tune
 
 HERE = pathlib.Path(__file__).parent
 REPO = HERE.parent
@@ -61,6 +66,60 @@ def losses(workdir):
     return {r["step"]: r["loss"] for r in map(json.loads, (workdir / "adapter" / "log.jsonl").read_text().splitlines())}
 
 
+def test_small_updates_of_bfloat16_parameters_add_up():
+    optimizer = tune.in_float32(optax.sgd(1.0))
+    params = {"a": jnp.full(3, 1.0, jnp.bfloat16), "b": jnp.full(2, 0.0, jnp.bfloat16)}
+    state = optimizer.init(params)
+    grads = {"a": jnp.full(3, 2**-11, jnp.bfloat16), "b": jnp.full(2, -0.25, jnp.bfloat16)}
+    for _ in range(16):
+        updates, state = optimizer.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    assert params["a"].dtype == jnp.bfloat16
+    np.testing.assert_array_equal(np.asarray(params["a"], np.float32), np.full(3, 1 - 2**-7, np.float32))
+    np.testing.assert_array_equal(np.asarray(params["b"], np.float32), np.full(2, 4.0, np.float32))
+
+
+@pytest.mark.skipif(tune.lacking() == [], reason="tunix is here")
+def test_without_tunix_a_sentence_says_what_to_install(command, tmp_path):
+    done = command("jdmdr.llm.tune", "--config", "configs/llm_tune.py:smoke", "--workdir", tmp_path)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "tuning needs tunix and qwix, which this Python does not have; run `make llm-env`" in done.stderr
+
+
+def test_the_data_needs_no_tunix_and_no_model(command, tmp_path):
+    (tmp_path / "rows.json").write_text('[{"instruction": "Summarize it.", "input": "A text.", "output": "It."}]')
+    words = ["--config", "configs/llm_tune.py:smoke", "--workdir", tmp_path / "workdir"]
+    done = command("jdmdr.llm.instructions", *words, f"--config.tune.instructions={tmp_path / 'rows.json'}")
+    assert done.returncode == 0, done.stderr
+    out = tmp_path / "workdir" / "instructions"
+    assert done.stdout.strip() == str(out)
+    assert json.loads((out / "en.jsonl").read_text()) == {
+        "id": "1", "lang": "en", "instruction": "Summarize it.", "input": "A text.", "output": "It.",
+    }  # fmt: skip
+
+
+def test_a_settings_change_redoes_what_depends_on_it(tmp_path):
+    from configs import llm_tune
+
+    config = llm_tune.get_config("smoke")
+    (tmp_path / "rows.json").write_text("[]")
+    save(tmp_path / "base")
+    config.tune.model, config.tune.instructions = str(tmp_path / "base"), str(tmp_path / "rows.json")
+
+    def settings(**changes):
+        with config.unlocked():
+            changed = config.copy_and_resolve_references()
+        changed.tune.update(changes)
+        return {stage.name: stage.settings for stage in tune.stages(changed, tmp_path)}
+
+    before = settings()
+    differ = lambda **changes: [name for name, found in settings(**changes).items() if found != before[name]]
+    assert differ(rank=4) == differ(length=99) == ["adapter"]
+    assert differ(shard_gb=1.0) == ["merged"]
+    assert differ(samples=3) == ["instructions"]
+    assert differ(chunk_rows=1) == differ(checkpoint_every=7) == differ(remat=False) == []
+
+
 class TestTuning:
     pytestmark = tuning
 
@@ -76,9 +135,12 @@ class TestTuning:
         ids, ours, theirs = tmp_path / "ids.npy", tmp_path / "ours.npy", tmp_path / "theirs.npz"
         np.save(ids, np.random.default_rng(0).integers(3, 259, (2, 48)).astype(np.int32))
         run(LLM, HERE / "parity" / "logits_of_tuning.py", base, workdir / "adapter", ids, ours)
-        run(TORCH, HERE / "parity" / "logits_with_torch.py", ids, theirs, f"base={base}", f"merged={workdir / 'merged'}")
+        directories = {"base": base, "merged": workdir / "merged", "adapter": workdir / "adapter"}
+        named = [f"{name}={directory}" for name, directory in directories.items()]
+        run(TORCH, HERE / "parity" / "logits_with_torch.py", ids, theirs, *named)
         theirs = np.load(theirs)
-        np.testing.assert_allclose(theirs["merged"], np.load(ours), atol=2e-5)
+        for name in ("merged", "adapter"):
+            np.testing.assert_allclose(theirs[name], np.load(ours), atol=2e-5, err_msg=name)
         assert np.abs(theirs["merged"] - theirs["base"]).max() > 0.01  # the adapters did something
 
     def test_a_killed_run_goes_on_and_ends_as_one_that_was_not(self, bases, tuned, tmp_path):

@@ -1,17 +1,14 @@
-"""Decoder checkpoints in the Hugging Face layout, and google-tunix's models of them: Qwen3, Llama 3 and Gemma 3.
+"""Checkpoints of language models that can be tuned, in the Hugging Face layout: Qwen3, Llama 3 and Gemma 3.
 
-Reading and checking a directory needs no tunix; `load` does.
+They are read and checked here, without a look at the weights' values; `tunix_models.py` has the models.
 """
 
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import safetensors
 
 from jdmdr.encoders.huggingface import read_json_file, shards
@@ -52,14 +49,6 @@ NORMS = {
     ),
 }  # fmt: skip
 HEAD_NORMS = ("qwen3", "gemma3_text")  # those that normalise queries and keys
-
-# tunix's modules of a layer -> the checkpoint's; several where tunix keeps them as one, stacked.
-ATTENTION = {
-    "q_proj": ("q_proj",), "k_proj": ("k_proj",), "v_proj": ("v_proj",), "o_proj": ("o_proj",),
-    "q_einsum": ("q_proj",), "kv_einsum": ("k_proj", "v_proj"), "qkv_einsum": ("q_proj", "k_proj", "v_proj"),
-    "attn_vec_einsum": ("o_proj",),
-}  # fmt: skip
-LINEAR = r"layers/\d+/(attn|mlp)/.+"  # tunix's path of every linear layer but the head
 
 
 class Decoder(NamedTuple):
@@ -118,12 +107,19 @@ def _rope(found: Mapping[str, Any], config: Mapping[str, Any], layers: str | Non
 
 
 def _check_gemma(path: pathlib.Path, config: Mapping[str, Any]) -> None:
-    wanted = ["full_attention" if (i + 1) % GEMMA_PATTERN == 0 else "sliding_attention" for i in range(config["num_hidden_layers"])]
+    wanted = [
+        "full_attention" if (i + 1) % GEMMA_PATTERN == 0 else "sliding_attention"
+        for i in range(config["num_hidden_layers"])
+    ]
     if config.get("layer_types", wanted) != wanted:
-        raise UserError(f"{path}: layer_types is not five sliding_attention and one full_attention in turn; no other can be tuned")
+        raise UserError(
+            f"{path}: layer_types is not five sliding_attention and one full_attention in turn; no other can be tuned"
+        )
     scalars = (config["head_dim"], config["hidden_size"] // config["num_attention_heads"])
     if config["query_pre_attn_scalar"] not in scalars:
-        raise UserError(f"{path}: query_pre_attn_scalar is {config['query_pre_attn_scalar']!r}; only {scalars[0]} or {scalars[1]} can be tuned")
+        raise UserError(
+            f"{path}: query_pre_attn_scalar is {config['query_pre_attn_scalar']!r}; only {scalars[0]} or {scalars[1]} can be tuned"
+        )
 
 
 def _tensors(directory: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -133,7 +129,9 @@ def _tensors(directory: pathlib.Path) -> dict[str, pathlib.Path]:
     elif (directory / INDEX).is_file():
         files = shards(directory / INDEX)
     else:
-        raise UserError(f"{directory} holds neither {WEIGHTS} nor {INDEX}; name a directory that holds a complete checkpoint")
+        raise UserError(
+            f"{directory} holds neither {WEIGHTS} nor {INDEX}; name a directory that holds a complete checkpoint"
+        )
     if others := sorted({*directory.glob("*.safetensors")} - {*files}):
         raise UserError(f"{others[0]} does not belong to the weights beside it; move it away")
     tensors: dict[str, pathlib.Path] = {}
@@ -154,18 +152,26 @@ def opened(path: pathlib.Path) -> Any:
 def _check_tensors(directory: pathlib.Path, decoder: Decoder) -> frozenset[str]:
     expected = dict(_shapes(decoder))
     if lacking := sorted(expected.keys() - decoder.tensors.keys()):
-        raise UserError(f"the checkpoint in {directory} lacks {lacking[0]} and {len(lacking) - 1} other tensors; fetch it again"
-                        if len(lacking) > 1 else f"the checkpoint in {directory} lacks {lacking[0]}; fetch it again")  # fmt: skip
-    extra = {name for name in decoder.tensors.keys() - expected.keys() if "rotary_emb" not in name and name != "lm_head.weight"}
+        rest = f" and {len(lacking) - 1} other tensors" if len(lacking) > 1 else ""
+        raise UserError(f"the checkpoint in {directory} lacks {lacking[0]}{rest}; fetch it again")
+    extra = {
+        name
+        for name in decoder.tensors.keys() - expected.keys()
+        if "rotary_emb" not in name and name != "lm_head.weight"
+    }
     if extra:
-        raise UserError(f"the checkpoint in {directory} has unexpected {sorted(extra)[0]}; it is not the {decoder.family} model of its config.json")
+        raise UserError(
+            f"the checkpoint in {directory} has unexpected {sorted(extra)[0]}; it is not the {decoder.family} model of its config.json"
+        )
     dtypes = set()
     for path in {*decoder.tensors.values()}:
         with opened(path) as file:
             for name in file.keys():  # noqa: SIM118 - no mapping
                 view = file.get_slice(name)
                 if view.get_dtype() not in ITEM_BYTES:
-                    raise UserError(f"{name} in {path} is of type {view.get_dtype()}; only {', '.join(ITEM_BYTES)} can be tuned")
+                    raise UserError(
+                        f"{name} in {path} is of type {view.get_dtype()}; only {', '.join(ITEM_BYTES)} can be tuned"
+                    )
                 dtypes.add(view.get_dtype())
                 if name in expected and tuple(view.get_shape()) != expected[name]:
                     raise UserError(
@@ -193,112 +199,6 @@ def _shapes(d: Decoder) -> Iterator[tuple[str, tuple[int, ...]]]:
         yield from ((f"model.layers.{i}.{name}.weight", shape) for name, shape in matrices.items())
 
 
-def load(directory: pathlib.Path, d: Decoder, mesh: jax.sharding.Mesh, dtype: str, remat: bool) -> Any:
-    """The model of `directory` as tunix's, its weights in `dtype`, on the mesh (axes `fsdp`, `tp`)."""
-    create = {"qwen3": _qwen3, "llama": _llama, "gemma3_text": _gemma3}[d.family]
-    params, model_config = create(d, jnp.dtype(dtype), remat)
-    # tunix's faster reader takes the first tensor's type for that of all.
-    mode = "optimized" if len(d.dtypes) == 1 else "original"
-    return params.create_model_from_safe_tensors(str(directory), model_config, mesh, jnp.dtype(dtype), mode)
-
-
-def _sizes(d: Decoder) -> dict[str, int]:
-    return {
-        "num_layers": d.num_hidden_layers, "embed_dim": d.hidden_size, "hidden_dim": d.intermediate_size,
-        "num_heads": d.num_attention_heads, "num_kv_heads": d.num_key_value_heads, "head_dim": d.head_dim,
-    }  # fmt: skip
-
-
-def _remat(model: Any, remat: bool) -> Any:
-    return model.RematConfig.DECODER if remat else model.RematConfig.NONE
-
-
-def _qwen3(d: Decoder, dtype: Any, remat: bool) -> tuple[Any, Any]:
-    from tunix.models.qwen3 import model, params
-
-    model.apply_rope = rotation(frequencies(d.rope, d.head_dim))
-    return params, model.ModelConfig(
-        **_sizes(d), vocab_size=d.vocab_size, norm_eps=d.rms_norm_eps, rope_theta=d.rope["rope_theta"],
-        use_tied_embedding=d.tie_word_embeddings, remat_config=_remat(model, remat), dtype=dtype, param_dtype=dtype,
-    )  # fmt: skip
-
-
-def _llama(d: Decoder, dtype: Any, remat: bool) -> tuple[Any, Any]:
-    from tunix.models.llama3 import model, params
-
-    model.apply_rope = rotation(frequencies(d.rope, d.head_dim))
-    return params, model.ModelConfig(
-        **_sizes(d), vocab_size=d.vocab_size, norm_eps=d.rms_norm_eps, rope_theta=d.rope["rope_theta"],
-        weight_tying=d.tie_word_embeddings, remat_config=_remat(model, remat),
-    )  # fmt: skip
-
-
-def _gemma3(d: Decoder, dtype: Any, remat: bool) -> tuple[Any, Any]:
-    from tunix.models.gemma3 import model, params_safetensors
-
-    local = (d.config.get("rope_parameters") or {}).get("sliding_attention", {})
-    norms = model.QueryPreAttentionNormalisation
-    by_head = d.query_pre_attn_scalar == d.head_dim
-    return params_safetensors, model.ModelConfig(
-        **_sizes(d), num_embed=d.vocab_size, sliding_window_size=d.sliding_window,
-        local_base_frequency=local.get("rope_theta", d.rope_local_base_freq), global_base_frequency=d.rope["rope_theta"],
-        global_scale_factor=d.rope.get("factor", 1.0),
-        query_pre_attn_norm=norms.BY_ONE_OVER_SQRT_HEAD_DIM if by_head else norms.BY_ONE_OVER_SQRT_EMBED_DIM_DIV_NUM_HEADS,
-        remat_config=_remat(model, remat), param_dtype=dtype,
-    )  # fmt: skip
-
-
-def frequencies(rope: Mapping[str, Any], head_dim: int) -> np.ndarray:
-    """Radians a position, of each pair of a head's dimensions (float64, head_dim / 2).
-
-    Llama 3.1 divides those of waves longer than its first context by `factor`, leaves the short ones, and blends between.
-    """
-    plain_H = rope["rope_theta"] ** -(np.arange(0, head_dim, 2) / head_dim)
-    if rope["rope_type"] != "llama3":
-        return plain_H
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns_H = rope["original_max_position_embeddings"] * plain_H / (2 * np.pi)  # in the first context
-    kept_H = np.clip((turns_H - low) / (high - low), 0, 1)
-    return kept_H * plain_H + (1 - kept_H) * plain_H / rope["factor"]
-
-
-def rotation(radians_H: np.ndarray) -> Callable[..., jax.Array]:
-    """Rotary positions by these frequencies, in place of tunix's `apply_rope` of Qwen3 and Llama.
-
-    That one turns by theta 1,000,000 whatever the model's config says, and knows nothing of Llama 3.1's.
-    """
-
-    def apply_rope(inputs_BxTxNxH: jax.Array, positions_BxT: jax.Array, head_dim: int, rope_theta: Any = None) -> jax.Array:
-        del head_dim, rope_theta  # the frequencies know both
-        angles = positions_BxT[..., None, None] * jnp.asarray(radians_H, jnp.float32)
-        sin, cos = jnp.sin(angles), jnp.cos(angles)
-        first, second = jnp.split(inputs_BxTxNxH, 2, axis=-1)
-        turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-        return turned.astype(inputs_BxTxNxH.dtype)
-
-    return apply_rope
-
-
-def adapters(model: Any) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The checkpoint's module -> (A: rank x in, B: out x rank), float32, of every adapter that qwix put on the model."""
-    from flax import nnx
-
-    halves: dict[tuple, dict[str, np.ndarray]] = {}
-    for path, value in nnx.iter_graph(model):
-        if isinstance(value, nnx.LoRAParam):
-            half = path[-1].rsplit("_", 1)[-1]  # w_lora_a, kernel_lora_b, ...
-            halves.setdefault(path[:-1], {})[half] = np.asarray(value[...], np.float32)
-    found = {}
-    for (_, layer, part, module), half in halves.items():
-        a = half["a"].reshape(-1, half["a"].shape[-1]).T
-        rank = len(a)
-        names = [f"self_attn.{name}" for name in ATTENTION[module]] if part == "attn" else [f"mlp.{module}"]
-        for name, b in zip(names, np.split(half["b"].reshape(rank, -1), len(names), axis=1), strict=True):
-            found[f"model.layers.{layer}.{name}"] = (a, b.T)
-    return found
-
-
 def weight_sizes(d: Decoder) -> dict[str, int]:
     """Bytes of each weights file: a model is known by its config and these, for its weights may be 100 GB to read."""
     return {path.name: path.stat().st_size for path in sorted({*d.tensors.values()})}
-

@@ -71,7 +71,9 @@ def stage(config: ConfigDict, directory: pathlib.Path) -> Stage:
     def write(out_dir: pathlib.Path) -> dict[str, Any]:
         rows = selected(read(paths["tune.instructions"]), c.pattern)
         if not rows:
-            raise UserError(f"tune.pattern {c.pattern!r} is in no instruction of {c.instructions} that has an input; widen it")
+            raise UserError(
+                f"tune.pattern {c.pattern!r} is in no instruction of {c.instructions} that has an input; widen it"
+            )
         _write_rows(out_dir / SELECTED, rows)
         if not asks:
             pools = by_language(read(paths["tune.translations"]), c.pattern) if foreign else {}
@@ -106,7 +108,9 @@ def read(path: pathlib.Path) -> list[Row]:
         try:
             numbered: Iterable[tuple[int, Any]] = enumerate(json.loads(text), 1)
         except ValueError as error:
-            raise UserError(f"{path} is not valid JSON ({error}); write a list of objects, or an object a line") from error
+            raise UserError(
+                f"{path} is not valid JSON ({error}); write a list of objects, or an object a line"
+            ) from error
         where = "row"
     else:
         numbered, where = [(number, _json(path, number, line)) for number, line in lines], "line"
@@ -117,7 +121,9 @@ def read(path: pathlib.Path) -> list[Row]:
         row = {key: reading.clean(value) for key, value in found.items() if isinstance(value, str)}
         for key in ("instruction", "output"):
             if key not in row:
-                raise UserError(f"{path}, {where} {number}: no {key}; a row is {{instruction, input, output}}, all strings")
+                raise UserError(
+                    f"{path}, {where} {number}: no {key}; a row is {{instruction, input, output}}, all strings"
+                )
         rows.append({"input": "", **row, "id": str(number)})
     return rows
 
@@ -142,7 +148,9 @@ def by_language(rows: Sequence[Row], pattern: str) -> dict[str, list[Row]]:
     found = re.compile(pattern, re.I)
     for row in rows:
         if "lang" not in row:
-            raise UserError(f"tune.translations: row {row['id']} has no lang; every translation names its language's code")
+            raise UserError(
+                f"tune.translations: row {row['id']} has no lang; every translation names its language's code"
+            )
         if found.search(row.get("original_instruction", "")) or "original_instruction" not in row:
             pools.setdefault(row["lang"], []).append(row)
     return pools
@@ -178,7 +186,9 @@ def gather(
     for lang, rows in taken.items():
         _write_rows(out_dir / f"{lang}.jsonl", rows)
         if len(rows) < shares[lang]:
-            progress.say(f"  {lang} has {len(rows)} instructions, {shares[lang]} were its share of tune.samples={samples}")
+            progress.say(
+                f"  {lang} has {len(rows)} instructions, {shares[lang]} were its share of tune.samples={samples}"
+            )
     _write_rows(out_dir / FAILED, failed)
     counts = {lang: len(rows) for lang, rows in taken.items()}
     if not any(counts.values()):

@@ -42,13 +42,19 @@ def write(
     for name, names in progress.bar(plan.items(), "  merging", "files", total=len(plan)):
         if not (out_dir / name).exists():
             with workdir.atomic(out_dir / name) as path:
-                huggingface.save_tensors({tensor: _merged(decoder, tensor, deltas.get(tensor)) for tensor in names}, path)
+                huggingface.save_tensors(
+                    {tensor: _merged(decoder, tensor, deltas.get(tensor)) for tensor in names}, path
+                )
     if len(plan) > 1:
         index = {"metadata": {"total_size": sum(sizes.values())},
                  "weight_map": {tensor: name for name, names in plan.items() for tensor in names}}  # fmt: skip
         workdir.write_json(out_dir / decoders.INDEX, index)
     for path in sorted(base.iterdir()):
-        if path.is_file() and not path.name.endswith(WEIGHT_SUFFIXES) and path.name not in (workdir.MANIFEST, workdir.PLAN):
+        if (
+            path.is_file()
+            and not path.name.endswith(WEIGHT_SUFFIXES)
+            and path.name not in (workdir.MANIFEST, workdir.PLAN)
+        ):
             shutil.copyfile(path, out_dir / path.name)
     return {"adapted": len(deltas), "tensors": len(sizes), "files": len(plan), "bytes": sum(sizes.values())}
 

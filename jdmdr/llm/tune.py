@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from jdmdr import cli, peft, pipeline, progress, workdir
 from jdmdr.check import check_config
 from jdmdr.encoders import huggingface
-from jdmdr.llm import chat, decoders, instructions, merged
+from jdmdr.llm import chat, decoders, instructions, merged, tunix_models
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
@@ -52,10 +52,15 @@ def command(target: str, doc: str) -> None:
     cli.run(bring, doc)
 
 
+def lacking() -> list[str]:
+    """What tuning needs and this Python does not have."""
+    return [name for name in LIBRARIES if importlib.util.find_spec(name) is None]
+
+
 def check_libraries() -> None:
-    if lacking := [name for name in LIBRARIES if importlib.util.find_spec(name) is None]:
+    if names := lacking():
         raise UserError(
-            f"tuning needs {' and '.join(lacking)}, which this Python does not have; run `make llm-env` and then "
+            f"tuning needs {' and '.join(names)}, which this Python does not have; run `make llm-env` and then "
             ".venv-llm/bin/python -m jdmdr.llm.tune, or pip install 'jdmdr[llm]'; the data alone: python -m "
             "jdmdr.llm.instructions"
         )
@@ -133,7 +138,7 @@ def tune(
         log.close()
 
     # ------------------------------------------------------------------------------------------------ finish
-    found_adapters = decoders.adapters(trainer.model)
+    found_adapters = tunix_models.adapters(trainer.model)
     tensors = {}
     for module, (a, b) in found_adapters.items():
         tensors[f"base_model.model.{module}.lora_A.weight"] = a
@@ -141,7 +146,12 @@ def tune(
     huggingface.save_tensors(tensors, out_dir / peft.WEIGHTS)
     kinds = sorted({module.rsplit(".", 1)[-1] for module in found_adapters})
     peft.write_config(out_dir, kinds, str(base.resolve()), c.rank, c.alpha, 0.0, "CAUSAL_LM")
-    return {"examples": len(examples), "left_out": len(found) - len(examples), "steps": steps, "adapted": len(found_adapters)}
+    return {
+        "examples": len(examples),
+        "left_out": len(found) - len(examples),
+        "steps": steps,
+        "adapted": len(found_adapters),
+    }
 
 
 def make_trainer(
@@ -155,11 +165,12 @@ def make_trainer(
     from tunix.sft import peft_trainer
 
     c = config.tune
-    model = decoders.load(base, decoder, mesh, _dtype(c), c.remat)
-    provider = qwix.LoraProvider(module_path=decoders.LINEAR, rank=c.rank, alpha=c.alpha)
+    model = tunix_models.load(base, decoder, mesh, _dtype(c), c.remat)
+    provider = qwix.LoraProvider(module_path=tunix_models.LINEAR, rank=c.rank, alpha=c.alpha)
     model = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(config.seed), **model.get_model_input())
     schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, round(c.warmup_share * steps), steps)
-    optimizer = in_float32(optax.chain(optax.clip_by_global_norm(c.clip), optax.adam(schedule)))
+    clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
+    optimizer = in_float32(optax.chain(clip, optax.adam(schedule)))
     settings = peft_trainer.TrainingConfig(
         eval_every_n_steps=steps + 1, gradient_accumulation_steps=chunks if chunks > 1 else None,
         checkpoint_root_directory=str((out_dir / CHECKPOINTS).resolve()),
@@ -177,7 +188,9 @@ def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
             "mask_BxTxT": jnp.broadcast_to(causal, (rows, width, width))}  # fmt: skip
 
 
-def _loss(model: Any, ids_BxT: jax.Array, weights_BxT: jax.Array, positions_BxT: jax.Array, mask_BxTxT: jax.Array) -> jax.Array:
+def _loss(
+    model: Any, ids_BxT: jax.Array, weights_BxT: jax.Array, positions_BxT: jax.Array, mask_BxTxT: jax.Array
+) -> jax.Array:
     logits_BxTxV, _ = model(ids_BxT, positions_BxT, None, mask_BxTxT)
     logits_BxTxV = logits_BxTxV[:, :-1].astype(jnp.float32)
     nll_BxT = optax.softmax_cross_entropy_with_integer_labels(logits_BxTxV, ids_BxT[:, 1:])
@@ -234,6 +247,7 @@ class _Log:
 
 
 if __name__ == "__main__":
-    from jdmdr.llm import tune as module  # by its name: tunix wants a mesh set in a way that jax warns of in a main module
+    # By its name: tunix wants its mesh set in a way that jax warns of in a main module.
+    from jdmdr.llm import tune as module
 
     module.command(MERGED, __doc__)
