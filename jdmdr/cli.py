@@ -116,7 +116,7 @@ def _disk_is_full(error: BaseException | None) -> bool:
     while error:
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if re.search(r"[Nn]o space left on device|\d+ requested and \d+ written", str(error)):
+        if re.search(r"[Nn]o space left on device|database or disk is full|\d+ requested and \d+ written", str(error)):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -9,6 +9,7 @@ that it belonged to is sent again. No key of a server and no header is ever writ
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import pathlib
@@ -80,7 +81,7 @@ class Log:
         written = self._file.write(line)
         if written != len(line):
             os.truncate(self.path, place)
-            raise OSError(28, "No space left on device", str(self.path))
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
         self._enter(record, place, place + len(line))
 
     @property
@@ -104,6 +105,7 @@ class Log:
 
     def _open_index(self) -> sqlite3.Connection:
         index = sqlite3.connect(self.path.with_name(INDEX), isolation_level=None, check_same_thread=False)
+        index.execute("PRAGMA locking_mode = EXCLUSIVE")  # the directory is this process's, on shared file systems too
         index.execute("PRAGMA journal_mode = WAL")
         index.execute("PRAGMA synchronous = OFF")  # what a power cut loses of it is read from the log again
         index.executescript(_TABLES)
