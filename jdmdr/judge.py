@@ -276,7 +276,7 @@ async def _plan(
     none, some = Counter(client, _keep), Counter(client, _drop_some)
     lower: dict[str, int] = {}
     upper: dict[str, int] = {}
-    for lang in langs(library, config):
+    for lang in progress.bar(langs(library, config), "  counting", "languages"):
         units = [
             (asked, [pair], 1, _drop if relevant else _keep)
             for asked, pair, relevant in calibration.pairs_of(lang, library, training, config)

@@ -2,6 +2,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import command, material, speed
-from jdmdr import encoders, sources
+from benchmarks import command, judging, material, speed
+from jdmdr import corpus, datasets, encoders, library, reading, sources
 from jdmdr.encoders import EncoderConfig
+from jdmdr.llm import prompts
 from jdmdr.types import UserError
 
 REPO = pathlib.Path(__file__).parents[1]
@@ -127,3 +129,27 @@ def test_the_baseline_trains_alike_on_both_sides(tmp_path):
     assert found["largest_loss_difference"][0] < 1e-3
     ours, theirs = (found["after"][side][0]["avg"] for side in ("jdmdr", "sentence-transformers"))
     assert ours == pytest.approx(theirs, abs=0.01)
+
+
+def test_hidden_positives_leave_the_training_data_and_are_what_the_oracle_knows(data_root, tmp_path):
+    qrels = data_root / "qrels" / "sw.train.tsv"
+    first = qrels.read_text().split()[0]
+    with open(qrels, "a") as file:
+        file.write(f"{first} Q0 5#1 1\n{first} Q0 6#2 1\n{first} Q0 7#0 0\n")
+    hidden = judging.hide(data_root, "", tmp_path / "out", 0)
+    assert hidden["en"] == {} and len(hidden["sw"][first]) == 2
+    known = {*reading.qrels(tmp_path / "out" / "qrels" / "sw.train.tsv")[0][first]}
+    assert known | {*hidden["sw"][first]} == {"0#0", "5#1", "6#2"} and len(known) == 1
+    assert not (tmp_path / "out" / "train").exists()
+    assert (tmp_path / "out" / "qrels" / "sw.dev.tsv").read_text() == (data_root / "qrels" / "sw.dev.tsv").read_text()
+    for lang, files in datasets.discover(tmp_path / "out").items():
+        corpus.ingest(lang, files, tmp_path / "corpus" / lang)
+    found = library.Library(tmp_path / "corpus")
+    pairs = judging.relevant_pairs(found, hidden, 4000)
+    collection = found.collections[1]
+    question = dict(zip(*found.queries("sw", "train"), strict=True))[first]
+    for docid in hidden["sw"][first]:
+        text = corpus.passage_text(collection.passage(int(collection.rows([docid])[0])))
+        user = prompts.judge(question, "reference", text, 4000)[1]["content"]
+        assert tuple(re.findall(r"<(?:question|candidate)>\n(.*)\n", user)) in pairs
+    assert len(pairs) == 2

@@ -146,7 +146,7 @@ class Log:
 
     def _file_line(self) -> bytes:
         parts = []
-        while block := self._file.read(65536):
+        while block := self._file.read(4096):
             parts.append(block)
             if b"\n" in block:
                 break
