@@ -13,7 +13,7 @@ from typing import Any
 import jax
 
 from jdmdr.encoders import EncoderConfig
-from jdmdr.objectives import contrastive
+from jdmdr.objectives import adore, contrastive, pairwise
 from jdmdr.objectives.matryoshka import matryoshka
 from jdmdr.objectives.protocol import Encode, Loss, Objective
 from jdmdr.types import UserError
@@ -22,7 +22,9 @@ __all__ = ["OBJECTIVES", "Encode", "Loss", "Objective", "build"]
 
 # Factories take the objective's config and the mesh (None: one device).
 OBJECTIVES: dict[str, Callable[[Any, jax.sharding.Mesh | None], Objective]] = {
+    "adore": adore.make_objective,
     "contrastive": contrastive.make_objective,
+    "pairwise": pairwise.make_objective,
 }
 
 

@@ -46,11 +46,7 @@ def make_objective(config: Any, mesh: Mesh | None = None) -> Objective:
     def loss(params, extra, batch, encode, rng, step):
         del rng, step
         temperature = temperatures.value(config, extra)
-        q_BxD = encode(params, batch["queries"], "query")
-        p_NxD = encode(params, batch["passages"], "passage")
-        if mesh is not None:
-            q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec("data")))
-            p_NxD = jax.lax.with_sharding_constraint(p_NxD, NamedSharding(mesh, PartitionSpec()))
+        q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
         value, metrics = contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
         return value, {**metrics, **({"temperature": temperature} if extra else {})}
 
@@ -58,6 +54,23 @@ def make_objective(config: Any, mesh: Mesh | None = None) -> Objective:
         return {"temperature": float(temperatures.value(config, extra))} if extra else {}
 
     return Objective(loss, parameters, figures)
+
+
+def encode_sides(params: Any, batch: Mapping[str, Any], encode: Any, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:
+    """q_BxD and p_NxD of the global batch; with a mesh the queries stay sharded and every device sees all passages."""
+    q_BxD = encode(params, batch["queries"], "query")
+    p_NxD = encode(params, batch["passages"], "passage")
+    if mesh is not None:
+        q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec("data")))
+        p_NxD = jax.lax.with_sharding_constraint(p_NxD, NamedSharding(mesh, PartitionSpec()))
+    return q_BxD, p_NxD
+
+
+def similarities(q_BxD: jax.Array, p_NxD: jax.Array) -> jax.Array:
+    """Inner products BxN in float32 at full precision."""
+    return jnp.einsum(
+        "bd,nd->bn", q_BxD.astype(jnp.float32), p_NxD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+    )
 
 
 def contrastive_loss(
@@ -79,9 +92,7 @@ def contrastive_loss(
       negative), `positive_score` (mean similarity, undivided) and `masked_fraction` (of the B*(N-1) negatives).
     """
     B, N = q_BxD.shape[0], p_NxD.shape[0]
-    similarity_BxN = jnp.einsum(
-        "bd,nd->bn", q_BxD.astype(jnp.float32), p_NxD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
+    similarity_BxN = similarities(q_BxD, p_NxD)
     is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
     is_negative_BxN = valid_columns(batch) & ~is_target_BxN
     scores_BxN = jnp.where(is_negative_BxN | is_target_BxN, similarity_BxN / temperature, -jnp.inf)

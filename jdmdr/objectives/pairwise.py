@@ -1,0 +1,70 @@
+"""Pairwise logistic loss over shared negatives: STAR and its baselines.
+
+With S = Q X^T / temperature (BxN, float32), t_i the column of query i's positive and M_ij the mask of `valid_columns`
+without the targets:
+
+    L = sum_ij M_ij softplus(S_ij - S_{i,t_i}) / sum_ij M_ij
+
+`negatives` chooses the columns. `all`: the other queries' positives and everybody's negatives; with static hard negatives
+this is STAR, with one passage a query Inbatch-Neg. `own`: the negatives that batches list (each for every query) and no
+positive; with negatives drawn from the whole corpus this is Rand-Neg.
+
+It is a mean over pairs and not a softmax: an easy pair counts little because its gradient vanishes. A passage that
+stands twice in a batch counts once here; the original counts it twice.
+
+Source: Zhan et al., "Optimizing Dense Retrieval Model Training with Hard Negatives" (SIGIR 2021), section 4, pooled as
+in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jdmdr.objectives.contrastive import encode_sides, similarities, valid_columns
+
+NEGATIVES = ("all", "own")
+
+
+def make_objective(config: Any, mesh: Mesh | None = None):
+    """The pairwise objective; config keys: `negatives` (one of NEGATIVES) and `temperature` (a divisor, > 0)."""
+
+    def loss(params, extra, batch, encode, rng, step):
+        del extra, rng, step
+        q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
+        return pairwise_loss(q_BxD, p_NxD, batch, temperature=config.temperature, negatives=config.negatives)
+
+    return loss
+
+
+def pairwise_loss(
+    q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], *, temperature: float, negatives: str
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The loss on embeddings and its metrics.
+
+    Returns:
+      The scalar loss, and `loss`, `accuracy_at_1` (the positive beats every valid negative), `positive_score` (mean
+      similarity, undivided) and `pairs` (how many the loss is a mean over).
+    """
+    N = p_NxD.shape[0]
+    scores_BxN = similarities(q_BxD, p_NxD) / temperature
+    is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
+    is_negative_BxN = valid_columns(batch) & ~is_target_BxN
+    if negatives == "own":
+        is_negative_BxN &= ~is_target_BxN.any(axis=0)
+    target_Bx1 = jnp.take_along_axis(scores_BxN, batch["target_B"][:, None], axis=1)
+    pairs = is_negative_BxN.sum()
+    losses_BxN = jnp.where(is_negative_BxN, jax.nn.softplus(scores_BxN - target_Bx1), 0.0)
+    loss = losses_BxN.sum() / jnp.maximum(pairs, 1)
+    best_negative_B = jnp.where(is_negative_BxN, scores_BxN, -jnp.inf).max(axis=1)
+    metrics = {
+        "loss": loss,
+        "accuracy_at_1": (target_Bx1[:, 0] > best_negative_B).mean(),
+        "positive_score": target_Bx1.mean() * temperature,
+        "pairs": pairs.astype(jnp.float32),
+    }
+    return loss, jax.lax.stop_gradient(metrics)
