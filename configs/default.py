@@ -164,6 +164,8 @@ def get_config():
 
     c.encode = ConfigDict()
     c.encode.dimensions = 0  # first dimensions kept of the trained encoder, in search and export; 0: all
+    c.encode.passages = ""  # vectors of the passages made elsewhere, instead of encoding: a workdir, or a directory of
+    # LANG.passages.npy and .txt (docs/data.md); the encoder that training starts from must have made a workdir's
     c.encode.dtype = "float16"  # of the stored embeddings
     c.encode.shard_rows = 100_000  # passages a file: what a killed run loses at most
 
@@ -203,14 +205,21 @@ def training():
     t.epochs = 4.0  # passes over the training queries
     t.steps = placeholder(int)  # optimiser updates; None: as many as the epochs take
     t.batch_size = 24  # queries in the global batch, over all devices
-    t.passages_per_query = 8  # 1 positive and the rest hard negatives
+    t.passages_per_query = 8  # 1 positive and the rest hard negatives; 0 for adore, which finds its passages itself
     t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)
     t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
     t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
 
     t.objective = ConfigDict()
-    t.objective.name = "contrastive"
-    t.objective.mode = "example"  # where the weights act: none | example | negative | literal_trainer
+    t.objective.name = "contrastive"  # contrastive | pairwise (STAR) | adore
+    t.objective.mode = "example"  # contrastive: where the weights act: none | example | negative | literal_trainer
+    t.objective.negatives = "all"  # pairwise: all of the batch | own: the listed ones, everybody's, and no positives
+    t.objective.top_k = 200  # adore: passages that a query retrieves in the step
+    t.objective.metric_cut = placeholder(int)  # adore: ranks beyond it count nothing; to be given, top_k as a rule
+    t.objective.metric = "mrr"  # adore: what a swap of two passages would change: mrr | ndcg
+    t.objective.missing = "append_if_none"  # adore: positives that were not retrieved: append_if_none | append_all
+    t.objective.scope = "own"  # adore: a query searches the collection of its language (own) or all
+    t.objective.index_dtype = "bfloat16"  # adore: of the vectors on the devices: bfloat16 | float32 | int8 (rescored)
     t.objective.temperature = 0.05  # divides the scores; where it starts if it is learned
     t.objective.learn_temperature = False  # its logarithm is the parameter objective/log_temperature
     t.objective.min_temperature, t.objective.max_temperature = 0.005, 1.0  # bounds of a learned one
@@ -224,11 +233,13 @@ def training():
     t.lora.target = "attention/(query|value)/kernel$|(^|/)embedding$"  # regex on the paths of the adapted matrices
     t.lora.dropout = 0.0  # share of an adapter's inputs left out, drawn each step
 
+    t.optimiser = "adamw"  # adamw | lamb (as STAR and ANCE have it: jdmdr/lamb.py)
     t.learning_rate = 2e-5  # peak
     t.learning_rates = ()  # ((regex on the parameter's path, peak), ...): first match wins
     t.warmup_share = 0.1  # of the steps, linear rise
     t.decay = "linear"  # linear (to 0) | constant
     t.weight_decay = 0.0
+    t.no_decay = ""  # regex on the paths of parameters that do not decay, e.g. "bias$|_norm/scale$"
     t.clip = 1.0  # global gradient norm; 0: off
 
     t.chunk_rows = 64  # sequences encoded together: smaller pads less, larger computes faster
@@ -252,11 +263,15 @@ def smoke(config, arg, others=()):
         with config.unlocked():
             config.data.root, config.data.langs = TINYPEDIA, "en,sw"
             config.tokenizer.name, config.tokenizer.vocab_size = "", 2000
-            config.encoder = get_config().encoder
+            towers, config.encoder = config.encoder.towers, get_config().encoder
+            config.encoder.towers = towers
             config.encoder.width, config.encoder.query_length, config.encoder.passage_length = 64, 32, 96
             config.warmup.steps = config.train.steps = 6
             for section in (config.warmup, config.train):
                 section.batch_size, section.checkpoint_every, section.max_profiles, section.log_every = 16, 3, 1, 1
+                section.objective.top_k = 10
+                if section.objective.metric_cut:
+                    section.objective.metric_cut = 10
             config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 5, 2
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
     return config

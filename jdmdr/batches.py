@@ -83,6 +83,8 @@ def choose_passages(
       UserError: a query has no positive, or no negative while P > 1.
     """
     B, K = len(query_index_B), passages_per_query - 1
+    if K < 0:
+        return np.empty((B, 0), np.int64)
     epoch_B = np.broadcast_to(np.asarray(epoch, np.int64), B)
     hash_B = hash_array(seed, "passages of a query", query_index_B)
     _require_lists(positives, negatives, query_index_B, passages_per_query)
@@ -163,7 +165,9 @@ def make_batch(
       queries, passages: `Chunks` of B queries and N = B * P passages, in plan order (row i * P is query i's positive).
       target_B: int32, the column of each query's positive.
       passage_ids_N: int32, global rows; first_N: bool, whether no earlier column holds the same passage.
-      positive_ids_BxM: int32, the known positives of each query among these passages, padded with -1.
+      positive_ids_BxM: int32, the known positives of each query among these passages, padded with -1; in a batch of
+        queries alone (P = 0) all that there are.
+      lang_B: int32, the language of each query.
       weight_N, query_weight_B: float32, alpha[language] + beta[language][topic] of each passage and query.
       query_index_B: int32.
     """
@@ -190,7 +194,10 @@ def make_batch(
         "target_B": target_B,
         "passage_ids_N": ids_N.astype(np.int32),
         "first_N": first_N,
-        "positive_ids_BxM": _known_positives(training_set, plan.index_B, ids_N, shapes.positives_width),
+        "positive_ids_BxM": _known_positives(
+            training_set, plan.index_B, ids_N if passages_per_query else None, shapes.positives_width
+        ),
+        "lang_B": lang_B.astype(np.int32),
         "weight_N": weights.alpha_L[lang_N] + beta_LxC[lang_N, topic_N],
         "query_weight_B": weights.alpha_L[lang_B] + beta_LxC[lang_B, topic_B],
         "query_index_B": plan.index_B.astype(np.int32),
@@ -243,12 +250,15 @@ def _identity(training_set: TrainingSet) -> Callable[[np.ndarray], np.ndarray]:
     return (lambda rows: rows) if training_set.passage_row is None else training_set.passage_row.__getitem__
 
 
-def _known_positives(training_set: TrainingSet, index_B: np.ndarray, ids_N: np.ndarray, width: int) -> np.ndarray:
-    """Known positives of each query that are in the batch, int32 B x width; the target's own is among them."""
+def _known_positives(
+    training_set: TrainingSet, index_B: np.ndarray, ids_N: np.ndarray | None, width: int
+) -> np.ndarray:
+    """Known positives of each query that are among `ids_N` (None: all), int32 B x width; the target's own is one."""
     values, owner, _ = training_set.positives.flat(index_B)
     values = _identity(training_set)(values)
-    here = np.isin(values, ids_N)
-    values, owner = values[here], owner[here]
+    if ids_N is not None:
+        here = np.isin(values, ids_N)
+        values, owner = values[here], owner[here]
     counts_B = np.bincount(owner, minlength=len(index_B))
     place = np.arange(len(owner)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
     known_BxM = np.full((len(index_B), width), -1, np.int32)

@@ -16,10 +16,14 @@ from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
 from jdmdr.index import SEARCHERS
 from jdmdr.index.fusion import METHODS
+from jdmdr.index.resident import DTYPES
 from jdmdr.metrics import parse_measure, parse_measures
 from jdmdr.mine import CONCAT
-from jdmdr.objectives import OBJECTIVES
+from jdmdr.objectives import OBJECTIVES, SEARCHING
+from jdmdr.objectives.adore import METRICS, MISSING, SCOPES
 from jdmdr.objectives.contrastive import MODES
+from jdmdr.objectives.pairwise import NEGATIVES
+from jdmdr.optim import OPTIMISERS
 from jdmdr.planner import POLICIES
 from jdmdr.topic_table import MAPPINGS
 from jdmdr.topics import METHODS as METHODS_OF_TOPICS
@@ -54,6 +58,12 @@ SECTION_CHOICES = {
     "decay": ("linear", "constant"),
     "objective.name": OBJECTIVES,
     "objective.mode": MODES,
+    "objective.negatives": NEGATIVES,
+    "objective.metric": METRICS,
+    "objective.missing": MISSING,
+    "objective.scope": SCOPES,
+    "objective.index_dtype": DTYPES,
+    "optimiser": OPTIMISERS,
 }
 AT_LEAST = {
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
@@ -74,7 +84,7 @@ OPTIONAL_AT_LEAST = {
     "tune.steps": 1,
 }
 SECTION_AT_LEAST = {
-    "epochs": 0, "batch_size": 1, "passages_per_query": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
+    "epochs": 0, "batch_size": 1, "passages_per_query": 0, "objective.top_k": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
     "lora.rank": 0, "lora.alpha": 0,
 }  # fmt: skip
@@ -97,6 +107,7 @@ def check_config(config: ConfigDict) -> None:
     _check_expand(config.expand)
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
+        _check_passages(section, config[section])
         _check_regexes(section, config[section])
     for key in (
         "data.valid_share",
@@ -205,8 +216,40 @@ def _check_objective(name: str, config: ConfigDict) -> None:
         )
 
 
+def _check_passages(name: str, section: ConfigDict) -> None:
+    """What an objective that searches needs, and the others cannot have."""
+    objective, searching = section.objective, section.objective.name in SEARCHING
+    if searching != (section.passages_per_query == 0):
+        wanted = "0: it finds its passages itself" if searching else "at least 1"
+        raise UserError(
+            f"{name}.passages_per_query is {section.passages_per_query}; for the objective {objective.name} it is {wanted}"
+        )
+    if not searching:
+        return
+    if name == "warmup":
+        raise UserError(
+            f"warmup.objective.name is {objective.name!r}, which searches embeddings; there are none before"
+        )
+    if not objective.metric_cut or objective.metric_cut < 1:
+        raise UserError(
+            f"{name}.objective.metric_cut is {objective.metric_cut!r}; {objective.name} needs it, as a rule the number in "
+            f"{name}.objective.top_k ({objective.top_k}): without it no rank counts"
+        )
+    if objective.dimensions:
+        raise UserError(f"{name}.objective.dimensions: {objective.name} searches whole vectors; leave it empty")
+    if section.cloze_share:
+        raise UserError(
+            f"{name}.cloze_share is {section.cloze_share}; {objective.name} has no passages in its batches: 0"
+        )
+
+
 def _check_regexes(name: str, section: ConfigDict) -> None:
-    patterns = {f"{name}.trainable": section.trainable, f"{name}.lora.target": section.lora.target}
+    patterns = {
+        f"{name}.{key}": pattern
+        for key, pattern in (
+            ("trainable", section.trainable), ("no_decay", section.no_decay), ("lora.target", section.lora.target)
+        )
+    }  # fmt: skip
     patterns |= {f"{name}.learning_rates": pattern for pattern, _ in section.learning_rates}
     for key, pattern in patterns.items():
         _check_regex(key, pattern)

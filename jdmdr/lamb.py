@@ -29,12 +29,12 @@ class Moments(NamedTuple):
 
 def lamb(
     rate: optax.ScalarOrSchedule, *, b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8, weight_decay: float = 0.0,
-    decayed: Any = None,
+    mask: Any = None,
 ) -> optax.GradientTransformation:  # fmt: skip
-    """The transformation above; `decayed` is a tree of booleans, or a function to one, of the tensors that decay."""
+    """The transformation above; `mask` is a tree of booleans, or a function to one, of the tensors that decay."""
     return optax.chain(
         _scale_by_moments(b1, b2, eps),
-        optax.add_decayed_weights(weight_decay, decayed),
+        optax.add_decayed_weights(weight_decay, mask),
         _scale_by_trust_ratio(),
         optax.scale_by_learning_rate(rate),
     )

@@ -83,7 +83,7 @@ def _idf(passages: TokenStore, vocab_size: int) -> np.ndarray:
 
 
 def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -> str:
-    """Writes the encoder to `directory`; returns the SHA-256 of its parameters, by name, shape and bytes."""
+    """Writes the encoder to `directory`; returns the fingerprint of its parameters."""
     params = jax.device_get(params)
     target = (directory / PARAMETERS).resolve()
     for stale in directory.glob(f"{PARAMETERS}*"):  # a killed run's half-written ones too
@@ -91,8 +91,13 @@ def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(target, params)
     write_json(directory / "encoder.json", config.to_dict())
+    return fingerprint(params)
+
+
+def fingerprint(params: Any) -> str:
+    """SHA-256 of parameters, by name, shape and bytes."""
     digest = hashlib.sha256()
-    for name, leaf in named_leaves(params):
+    for name, leaf in named_leaves(jax.device_get(params)):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()

@@ -1,4 +1,4 @@
-"""The optimiser: AdamW with linear warm-up and decay, gradient clipping, and learning rates by parameter name."""
+"""The optimiser: AdamW or LAMB with linear warm-up and decay, gradient clipping, and learning rates by parameter name."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 import jax
 import optax
 
+from jdmdr.lamb import lamb
 from jdmdr.types import UserError
 
+OPTIMISERS = {"adamw": optax.adamw, "lamb": lamb}
 OWN = "objective/"  # the path of the parameters that an objective brings
 
 
@@ -22,10 +24,11 @@ def schedule(section: Any, peak: float) -> optax.Schedule:
 
 
 def make_optimiser(section: Any, params: Any, frozen: Any = None) -> optax.GradientTransformation:
-    """AdamW over `params`; `learning_rates` maps a regex on the parameter's path to another peak rate.
+    """`section.optimiser` over `params`; `learning_rates` maps a regex on the parameter's path to another peak rate.
 
     The first regex that matches wins; a parameter that none matches gets `learning_rate`. A regex that matches nothing,
-    not among the `frozen` parameters either, is refused. The objective's own parameters do not decay.
+    not among the `frozen` parameters either, is refused. What `no_decay` matches and the objective's own parameters do not
+    decay.
     """
     if section.decay not in ("linear", "constant"):
         raise UserError(f"decay is {section.decay!r}; it is one of linear, constant")
@@ -38,15 +41,17 @@ def make_optimiser(section: Any, params: Any, frozen: Any = None) -> optax.Gradi
     def label(path, _):
         return next((p for p in patterns if re.search(p, path_name(path))), "")
 
-    def decays(tree):
-        return jax.tree_util.tree_map_with_path(lambda path, _: not path_name(path).startswith(OWN), tree)
+    def decays(path, _) -> bool:
+        name = path_name(path)
+        return not name.startswith(OWN) and not (section.no_decay and re.search(section.no_decay, name))
 
-    def adamw(peak: float) -> optax.GradientTransformation:
-        return optax.adamw(
-            schedule(section, peak), b1=0.9, b2=0.999, eps=1e-8, weight_decay=section.weight_decay, mask=decays
-        )
+    def group(peak: float) -> optax.GradientTransformation:
+        return OPTIMISERS[section.optimiser](
+            schedule(section, peak), b1=0.9, b2=0.999, eps=1e-8, weight_decay=section.weight_decay,
+            mask=lambda tree: jax.tree_util.tree_map_with_path(decays, tree),
+        )  # fmt: skip
 
-    groups = {"": adamw(section.learning_rate), **{p: adamw(rate) for p, rate in patterns.items()}}
+    groups = {"": group(section.learning_rate), **{p: group(rate) for p, rate in patterns.items()}}
     clip = optax.clip_by_global_norm(section.clip) if section.clip else optax.identity()
     return optax.chain(clip, optax.multi_transform(groups, jax.tree_util.tree_map_with_path(label, params)))
 

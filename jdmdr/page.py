@@ -48,14 +48,12 @@ def write(recipe: Recipe, path: pathlib.Path) -> None:
 def gather(recipe: Recipe) -> dict[str, Any]:
     """Everything that the template names."""
     directory, c = recipe.directory, recipe.config
+    stages = {stage.name for stage in recipe.stages()}
     found = {name: workdir.read_json(directory / "evaluate" / f"{name}.json")
              for name in ("metrics", "intervals", "judged", "significance")}  # fmt: skip
     bias = directory / "evaluate" / "language_bias.json"
     splits = {split.name: split for split in recipe.splits}
-    counts = {
-        stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")
-    }
-    negatives = workdir.read_json(directory / "negatives" / "scores.json")
+    counts = {stage: workdir.counts_of(directory, stage) for stage in ("corpus", "warmup", "train", "evaluate")}
     return {
         "name": c.name,
         "splits": [_split(recipe, split, found) for split in found["metrics"]],
@@ -65,13 +63,8 @@ def gather(recipe: Recipe) -> dict[str, Any]:
         "bias": _bias(workdir.read_json(bias)) if bias.exists() else [],
         "curves": pictures.curves("curves", {stage: _curves(directory / stage) for stage in ("warmup", "train")}),
         "shares": _shares(counts["train"]),
-        "histograms": pictures.score_histograms("scores", negatives["histograms"]) if negatives["histograms"] else "",
-        "negatives": negatives,
-        "judge": _judge(recipe),
-        "quantiles": [f"{q:.0%}" for q in negatives["quantiles"]],
-        "all_languages": ALL,
-        "kinds": KINDS,
-        "rules": _rules(counts["negatives"]["languages"]),
+        "negatives": _negatives(directory) if "negatives" in stages else None,
+        "judge": _judge(recipe) if "judge" in stages else None,
         "worst": [_worst(recipe, splits[name]) for name in found["metrics"]],
         "projection": _projection(recipe, [splits[name] for name in found["metrics"]]),
         "stages": _stages(directory),
@@ -118,6 +111,18 @@ def _split(recipe: Recipe, split: str, found: dict[str, Any]) -> dict[str, Any]:
             f"bars-{split}", langs, {s: [systems[s]["ndcg@10"][lang] for lang in langs] for s in names}, "nDCG@10"
         ),
     }  # fmt: skip
+
+
+def _negatives(directory: pathlib.Path) -> dict[str, Any]:
+    found = workdir.read_json(directory / "negatives" / "scores.json")
+    return {
+        **found,
+        "histograms": pictures.score_histograms("scores", found["histograms"]) if found["histograms"] else "",
+        "percentages": [f"{q:.0%}" for q in found["quantiles"]],
+        "all_languages": ALL,
+        "kinds": KINDS,
+        "rules": _rules(workdir.counts_of(directory, "negatives")["languages"]),
+    }
 
 
 def _bias(found: dict[str, Any]) -> list[dict[str, Any]]:
@@ -217,10 +222,8 @@ def _shown(target: Target, docid: str) -> str:
     return text if len(text) <= TEXT else text[: TEXT - 1].rsplit(" ", 1)[0] + " …"
 
 
-def _judge(recipe: Recipe) -> dict[str, Any] | None:
-    """What the language model did with the candidates; None without one."""
-    if not recipe.config.llm.base_url:
-        return None
+def _judge(recipe: Recipe) -> dict[str, Any]:
+    """What the language model did with the candidates."""
     counts = workdir.counts_of(recipe.directory, "judge")
     return {
         "model": recipe.config.llm.model,

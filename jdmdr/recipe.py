@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from jdmdr import (
     corpus,
+    embeddings,
     encode,
     encoders,
     evaluate,
@@ -39,6 +40,7 @@ from jdmdr import (
     tokenizer,
     topics,
     train,
+    trainable,
     validate,
     workdir,
 )  # fmt: skip
@@ -71,15 +73,12 @@ class Recipe(Workspace):
         lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         stored = {k: v for k, v in plain["encode"].items() if k != "dimensions"}  # a cut of the trained encoder alone
-        ensemble = retrievers.parse(c.mine.retrievers)
         raw = [p for f in self.files.values() for p in f.paths()]
         cloze = {s: ("cloze",) if trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
-        crossed = ("cross_encoder",) if c.cross_encoder.name else ()
-        judged = ("judge",) if c.llm.base_url else ()
         pooled = any(s.corpus in POOLED for s in self.splits)
-        needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
-        needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
-        elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
+        searching = c.train.objective.name in objectives.SEARCHING  # it finds its passages while it trains
+        mining = [] if searching else self._mining_stages(split)
+        given = embeddings.files(pathlib.Path(c.encode.passages), sorted(self.files)) if c.encode.passages else ()
         every = [
             Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw)),
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
@@ -90,7 +89,36 @@ class Recipe(Workspace):
                   ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
             *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
-            Stage("embeddings-warmup", functools.partial(self.embed, "warmup"), stored, ("tokens", "warmup")),
+            Stage("embeddings-warmup", self.embed_first, stored, ("corpus", "tokens", "warmup"), given),
+            *mining,
+            Stage("topics", self.label_topics, {**plain["topics"], **split},
+                  ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
+            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
+                  ("corpus", "tokens", *cloze["train"], "warmup", "embeddings-warmup" if searching else "negatives", "topics"),
+                  volatile=VOLATILE, precious=True),
+            Stage("embeddings", self.embed_last, plain["encode"],
+                  ("tokens", "train", *(["embeddings-warmup"] if searching else []))),
+            Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
+                  ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
+                   *([] if self.evaluates_alone else ["embeddings"]))),
+            Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
+                  ("corpus", "tokenizer", "train", "evaluate")),
+            Stage("report", self.report, {},
+                  ("corpus", *(stage.name for stage in mining if stage.name in ("judge", "negatives")), "warmup", "train", "embeddings",
+                   "evaluate", "export")),
+        ]  # fmt: skip
+        return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
+
+    def _mining_stages(self, split: dict[str, Any]) -> list[Stage]:
+        """From the ensemble's embeddings to the negatives."""
+        c = self.config
+        plain, ensemble = c.to_dict(), retrievers.parse(c.mine.retrievers)
+        needed = {retrievers.WARMUP: "embeddings-warmup", retrievers.BM25: "bm25"}
+        needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
+        elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
+        crossed = ("cross_encoder",) if c.cross_encoder.name else ()
+        judged = ("judge",) if c.llm.base_url else ()
+        return [
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
             Stage("mine", self.mine, {**plain["mine"], **split},
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
@@ -103,19 +131,7 @@ class Recipe(Workspace):
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split},
                   ("corpus", "mine", *crossed, *judged)),
-            Stage("topics", self.label_topics, {**plain["topics"], **split},
-                  ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
-            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
-                  ("corpus", "tokens", *cloze["train"], "warmup", "negatives", "topics"), volatile=VOLATILE, precious=True),
-            Stage("embeddings", functools.partial(self.embed, "train"), plain["encode"], ("tokens", "train")),
-            Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
-                  ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
-                   *([] if self.evaluates_alone else ["embeddings"]))),
-            Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
-                  ("corpus", "tokenizer", "train", "evaluate")),
-            Stage("report", self.report, {}, ("corpus", *judged, "negatives", "warmup", "train", "embeddings", "evaluate", "export")),
         ]  # fmt: skip
-        return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
 
     def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
         fields = corpus.parse_fields(self.config.data.fields)
@@ -191,7 +207,12 @@ class Recipe(Workspace):
         validation = validate.make_validation(
             self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
         )
-        objective = objectives.build(section.objective, encoder_config, self.mesh)
+        collections = None
+        if section.steps and section.objective.name in objectives.SEARCHING:
+            trainable.require_frozen_passages(section, encoder_config, params)
+            blocks = [block for lang in self.library.langs for block in encode.shards(self.directory / "embeddings-warmup" / lang, "passages")]  # fmt: skip
+            collections = objectives.Collections(blocks, self.library.bases)
+        objective = objectives.build(section.objective, encoder_config, self.mesh, collections)
         params, counts = train.train(
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base
         )
@@ -227,10 +248,32 @@ class Recipe(Workspace):
         Bm25Searcher(texts).save(out_dir)
         return {}
 
-    def embed(self, stage: str, out_dir: pathlib.Path) -> dict[str, Any]:
+    def embed_first(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        """Embeddings by the encoder that training starts from, or the passages' taken from elsewhere."""
+        model, source = self._model("warmup"), self.config.encode.passages
+        if source:
+            made_by = embeddings.origin(*model, self.config.encoder)
+            langs = self.library.langs, self.library.collections
+            embeddings.take(pathlib.Path(source), self.directory, *langs, made_by, out_dir)
+        return self._embed_own(model, out_dir, passages=not source)
+
+    def embed_last(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        """Embeddings by the trained encoder; passages whose tower did not train keep the vectors they have."""
+        model, before = self._final_model(), self.directory / "embeddings-warmup"
+        c = self.config
+        unchanged = c.train.objective.name in objectives.SEARCHING and (
+            embeddings.origin(*model, c.encoder) == workdir.counts_of(self.directory, before.name)["passages"]
+        )
+        for lang in self.library.langs if unchanged else ():
+            embeddings.link(before / lang, out_dir / lang)
+        return self._embed_own(model, out_dir, passages=not unchanged)
+
+    def _embed_own(
+        self, model: tuple[encoders.EncoderConfig, Any], out_dir: pathlib.Path, passages: bool
+    ) -> dict[str, Any]:
         return self._embed(
-            self._final_model() if stage == "train" else self._model(stage), self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
-            self.library.topics(), out_dir,
+            model, self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
+            self.library.topics(), out_dir, passages,
         )  # fmt: skip
 
     # An encoder of the ensemble has a tokenizer, prompts and lengths of its own, and sees the training queries alone.
@@ -307,11 +350,11 @@ class Recipe(Workspace):
     def train(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
         encoder_config, params = self._model("warmup")
-        version = negatives.version_dir(self.directory / "negatives", 0)
         labels = topics.read_topics(self.directory / "topics", self.library)
-        training_set = sources.with_negatives(
-            self.training, self.stores, self.library, version, labels, c.weights.inherit
-        )
+        version = None
+        if c.train.objective.name not in objectives.SEARCHING:
+            version = negatives.version_dir(self.directory / "negatives", 0)
+        training_set = sources.labelled(self.training, self.stores, self.library, version, labels, c.weights.inherit)
         found = self._with_cloze(training_set, c.train)
         base = None if trains(c.warmup) else c.encoder.name or None
         return self._run_training(out_dir, c.train, encoder_config, params, found, topics.names(c.topics), base)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from jdmdr import judge, page, workdir
+from jdmdr.objectives import SEARCHING
 
 if TYPE_CHECKING:
     from jdmdr.recipe import Recipe
@@ -66,10 +67,9 @@ def _result_tables(metrics: dict, intervals: dict, name: str) -> list[str]:
 def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
     """Writes `report.md` (tables, training, filter counts, settings) and `report.html`."""
     directory, c = recipe.directory, recipe.config
+    stages = {stage.name for stage in recipe.stages()}
     metrics, intervals = _figures(directory)
-    counts = {
-        stage: workdir.counts_of(directory, stage) for stage in ("corpus", "negatives", "warmup", "train", "evaluate")
-    }
+    counts = {stage: workdir.counts_of(directory, stage) for stage in ("corpus", "warmup", "train", "evaluate")}
     lines = [f"# {c.name}: report", ""]
     lines += _result_tables(metrics, intervals, c.name)
     lines += [
@@ -89,12 +89,13 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
         rows.append(["in the batches", *(f"{had:.3f}" for _, (_, had) in shares)])
         headers = ["share of the queries", *(lang for lang, _ in shares)]
         lines += [tabulate(rows, headers, tablefmt="github", disable_numparse=True), ""]
-    lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
-    lines += [tabulate(*_negatives_table(counts["negatives"]["languages"]), tablefmt="github"), ""]
-    judged = workdir.counts_of(directory, "judge") if c.llm.base_url else None
-    lines += [line for paragraph in judge.report(judged, c) for line in (paragraph, "")]
-    lines += ["## Data", ""]
-    lines += [tabulate(*_data_table(counts["corpus"]), tablefmt="github"), ""]
+    if "negatives" in stages:
+        table = _negatives_table(workdir.counts_of(directory, "negatives")["languages"])
+        lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
+        lines += [tabulate(*table, tablefmt="github"), ""]
+        judged = workdir.counts_of(directory, "judge") if "judge" in stages else None
+        lines += [line for paragraph in judge.report(judged, c) for line in (paragraph, "")]
+    lines += ["## Data", "", tabulate(*_data_table(counts["corpus"]), tablefmt="github"), ""]
     lines += [f"- {warning}" for lang in sorted(counts["corpus"]) for warning in counts["corpus"][lang]["warnings"]]
     lines += ["", "## Settings", ""]
     lines += [tabulate(sorted(_flat(c.to_dict())), ["key", "value"], tablefmt="github", disable_numparse=True), ""]
@@ -135,13 +136,24 @@ def _flat(config: dict[str, Any], prefix: str = ""):
             yield prefix + key, "off" if value is None else repr(value).replace("|", "\\|")
 
 
+def _negatives(config: Any) -> str:
+    objective, members = config.train.objective, config.mine.retrievers
+    if objective.name in SEARCHING:
+        return f"the top {objective.top_k} that a query retrieves in each step"
+    if config.train.passages_per_query == 1:
+        return "those of the other queries of a batch"
+    return members if "," not in members else f"{members} fused by {config.mine.fusion}"
+
+
 def _objective(recipe: Recipe) -> str:
     """In words, with what it learned of its own."""
     objective, lora = recipe.config.train.objective, recipe.config.train.lora
     counts = workdir.counts_of(recipe.directory, "train")
     learned = counts.get("objective", {}).get("temperature")
     temperature = f"{objective.temperature}" if learned is None else f"{learned:.4g} (learned)"
-    words = [objective.name, objective.mode, f"temperature {temperature}"]
+    of = {"contrastive": [objective.mode], "pairwise": [f"negatives {objective.negatives}"],
+          "adore": [f"{objective.metric} cut at {objective.metric_cut}"]}  # fmt: skip
+    words = [objective.name, *of[objective.name], f"temperature {temperature}"]
     if objective.dimensions:
         words.append(f"Matryoshka at {', '.join(map(str, objective.dimensions))}")
     if lora.rank:
@@ -173,7 +185,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
                 ["passage prompt", repr(c.encoder.passage_prompt)],
                 ["passage text", c.data.fields.replace(",", ", one space, ")],
                 ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole],
-                ["hard negatives", f"{c.mine.retrievers} fused by {c.mine.fusion}"],
+                ["negatives", _negatives(c)],
                 ["objective", _objective(recipe)],
             ],
             ["", ""], tablefmt="github", disable_numparse=True,

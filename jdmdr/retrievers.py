@@ -4,6 +4,7 @@
 
     warmup              the encoder that training starts from
     bm25                BM25
+    random              passages drawn at random, in an order of their own for each query
     PRESET              a checkpoint of jdmdr/presets.py by its name, with its own pooling, prompts and lengths
     DIR or HUB/NAME     a sentence-transformers directory or hub name (an export of jdmdr is one), with its own modules,
                         prompts and length
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdmdr import encode, metrics
+from jdmdr import encode, hashing, metrics
 from jdmdr.corpus import Collection
 from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
@@ -32,10 +33,10 @@ from jdmdr.index.searcher import Searcher, best_first
 from jdmdr.presets import PRESETS
 from jdmdr.types import NO_HIT, Hits, UserError
 
-WARMUP, BM25, ENCODER, RUN, VECTORS = "warmup", "bm25", "encoder", "run", "vectors"
+WARMUP, BM25, RANDOM, ENCODER, RUN, VECTORS = "warmup", "bm25", "random", "encoder", "run", "vectors"
 DENSE = (WARMUP, ENCODER, VECTORS)
 ENSEMBLE = "ensemble"  # the fused list's name among the runs
-RESERVED = (WARMUP, BM25, ENSEMBLE, "cross_encoder")
+RESERVED = (WARMUP, BM25, RANDOM, ENSEMBLE, "cross_encoder")
 
 
 class Spec(NamedTuple):
@@ -86,7 +87,7 @@ def _spec(entry: str) -> Spec:
         raise UserError(
             f"mine.retrievers has the entry {entry!r}; separate names by single commas, and write NAME=ENTRY"
         )
-    if source in (WARMUP, BM25) and not name:
+    if source in (WARMUP, BM25, RANDOM) and not name:
         return Spec(source, source)
     kind, colon, place = source.partition(":")
     if colon and kind in (RUN, VECTORS):
@@ -97,7 +98,7 @@ def _spec(entry: str) -> Spec:
         return Spec(_checked(name or source), ENCODER, PRESETS[source].name, source)
     if "/" not in source and not pathlib.Path(source).is_dir():
         raise UserError(
-            f"mine.retrievers: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, "
+            f"mine.retrievers: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, {RANDOM}, "
             f"{', '.join(PRESETS)}, a checkpoint's directory or HUB/NAME, {RUN}:PATH and {VECTORS}:DIR"
         )
     return Spec(_checked(name or pathlib.PurePath(source).name), ENCODER, source, name if name in PRESETS else "")
@@ -157,6 +158,17 @@ def lexical(searcher: Bm25Searcher, texts: Sequence[str]) -> Retriever:
     return Retriever(lambda rows, k: searcher.search([texts[row] for row in rows], k))
 
 
+def at_random(lang: str, collection_rows: int, seed: int) -> Retriever:
+    """Passages drawn at random for each query, the same ones at every call; earlier ranks score higher."""
+
+    def search(rows: np.ndarray, k: int) -> Hits:
+        k = min(k, collection_rows)
+        drawn = [hashing.rng(seed, "random retriever", lang, int(row)).permutation(collection_rows)[:k] for row in rows]
+        return Hits(np.array(drawn, np.int64).reshape(-1, k), np.tile(-np.arange(k, dtype=np.float32), (len(rows), 1)))
+
+    return Retriever(search)
+
+
 def dense(vectors: Vectors, index: str, factory: str, mesh: Any) -> Retriever:
     """Inner product over vectors, by an index of `jdmdr.index.SEARCHERS`."""
     return over(dense_searcher(index, vectors.blocks, mesh, factory), vectors)
@@ -211,8 +223,9 @@ def external_vectors(directory: pathlib.Path, lang: str, qids: Sequence[str], co
     The .npy hold a vector a row, the .txt the docid or qid of each. Every passage and every query of `qids` must be
     there, once; others are left out.
     """
-    passages = _named_rows(directory, f"{lang}.passages", "docid", collection.docids(np.arange(len(collection))))
-    queries = _named_rows(directory, f"{lang}.queries", "qid", qids)
+    docids = collection.docids(np.arange(len(collection)))
+    passages = named_rows("mine.retrievers", directory, f"{lang}.passages", "docid", docids)
+    queries = named_rows("mine.retrievers", directory, f"{lang}.queries", "qid", qids)
     if passages.shape[1] != queries.shape[1]:
         raise UserError(
             f"{directory}: {lang}.passages.npy is {passages.shape[1]} wide and {lang}.queries.npy {queries.shape[1]}; "
@@ -221,12 +234,15 @@ def external_vectors(directory: pathlib.Path, lang: str, qids: Sequence[str], co
     return Vectors(queries.astype(np.float32), [passages])
 
 
-def _named_rows(directory: pathlib.Path, stem: str, kind: str, wanted: Sequence[str]) -> np.ndarray:
-    """The rows of `STEM.npy` whose ids in `STEM.txt` are `wanted`, in that order; mapped where it is the file's own."""
+def named_rows(key: str, directory: pathlib.Path, stem: str, kind: str, wanted: Sequence[str]) -> np.ndarray:
+    """The rows of `STEM.npy` whose ids in `STEM.txt` are `wanted`, in that order; mapped where it is the file's own.
+
+    `key` is the config key that names the directory, for the refusals.
+    """
     path, ids_path = directory / f"{stem}.npy", directory / f"{stem}.txt"
     for needed in (path, ids_path):
         if not needed.is_file():
-            raise UserError(f"mine.retrievers: {needed} does not exist; docs/data.md tells what vectors:DIR holds")
+            raise UserError(f"{key}: {needed} does not exist; docs/data.md tells what a directory of vectors holds")
     try:
         vectors_CxD = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:

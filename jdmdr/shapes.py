@@ -48,13 +48,16 @@ class Chunks(NamedTuple):
 
 
 def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
-    """Number of equal chunks such that a chunk has close to `wanted_rows` rows and splits evenly over the devices.
+    """Number of equal chunks such that a chunk has close to `wanted_rows` rows and splits evenly over the devices; 0 for
+    no rows.
 
     Raises:
       UserError: `rows` is not a multiple of `devices`.
     """
     if rows % devices:
         raise UserError(f"A batch has {rows} sequences, not a multiple of {devices} devices; change batch_size.")
+    if not rows:
+        return 0
     sizes = [size for size in range(devices, rows + 1, devices) if rows % size == 0]
     return rows // min(sizes, key=lambda size: (abs(np.log(size / wanted_rows)), size))
 
@@ -78,7 +81,9 @@ def plan_profiles(
     query_widths = _needed(query_lengths_SxB, query_chunks, width_multiple, query_max_length)
     passage_widths = _needed(passage_lengths_SxN, passage_chunks, width_multiple, passage_max_length)
     query_rows, passage_rows = query_lengths_SxB.shape[1], passage_lengths_SxN.shape[1]
-    tokens_S = query_widths.mean(1) * query_rows + passage_widths.mean(1) * passage_rows
+    tokens_S = [
+        _tokens(Profile(*widths), query_rows, passage_rows) for widths in zip(query_widths, passage_widths, strict=True)
+    ]
     groups = np.array_split(np.argsort(tokens_S, kind="stable"), max_profiles)
     profiles = {
         Profile(tuple(query_widths[group].max(0).tolist()), tuple(passage_widths[group].max(0).tolist()))
@@ -92,8 +97,10 @@ def plan_profiles(
 def cheapest(profiles: Sequence[Profile], query_lengths_B: np.ndarray, passage_lengths_N: np.ndarray) -> Profile:
     """The first of the profiles (cheapest first, ceiling last) that truncates nothing the ceiling would keep."""
     ceiling = profiles[-1]
-    query_widths = _needed(query_lengths_B[None], len(ceiling.query_widths), 1, ceiling.query_widths[0])[0]
-    passage_widths = _needed(passage_lengths_N[None], len(ceiling.passage_widths), 1, ceiling.passage_widths[0])[0]
+    query_widths, passage_widths = (
+        _needed(lengths[None], len(widths), 1, max(widths, default=0))[0]
+        for lengths, widths in zip((query_lengths_B, passage_lengths_N), ceiling, strict=True)
+    )
     return next(
         profile
         for profile in profiles
@@ -102,7 +109,9 @@ def cheapest(profiles: Sequence[Profile], query_lengths_B: np.ndarray, passage_l
 
 
 def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chunks:
-    """Gathers the sequences of `rows_N`, longest first, into one chunk per width."""
+    """Gathers the sequences of `rows_N`, longest first, into one chunk per width; no rows make no chunk."""
+    if not len(rows_N):
+        return Chunks((), (), np.empty(0, np.int32))
     longest_first_N = np.argsort(-source.lengths(rows_N).astype(np.int64), kind="stable")
     order_N = np.empty(len(rows_N), np.int32)
     order_N[longest_first_N] = np.arange(len(rows_N), dtype=np.int32)
@@ -140,10 +149,13 @@ def encode_chunks(
 
 def _needed(lengths_SxN: np.ndarray, chunks: int, multiple: int, max_length: int) -> np.ndarray:
     """Width each chunk of each batch needs, S x chunks: its longest sequence, rounded up."""
+    if not chunks:
+        return np.empty((len(lengths_SxN), 0), np.int64)
     longest_first_SxN = -np.sort(-lengths_SxN.astype(np.int64), axis=1)
     longest = longest_first_SxN[:, :: lengths_SxN.shape[1] // chunks]
     return np.clip(-(-longest // multiple) * multiple, 1, max_length)
 
 
 def _tokens(profile: Profile, query_rows: int, passage_rows: int) -> float:
-    return query_rows * np.mean(profile.query_widths) + passage_rows * np.mean(profile.passage_widths)
+    sides = (query_rows, profile.query_widths), (passage_rows, profile.passage_widths)
+    return sum(rows / len(widths) * sum(widths) for rows, widths in sides if rows)

@@ -61,23 +61,25 @@ def pairs(training: Sequence[TrainingQuery], stores: Stores) -> TrainingSet:
     )
 
 
-def with_negatives(
-    training: Sequence[TrainingQuery], stores: Stores, library: Library, version: pathlib.Path, topics: np.ndarray,
+def labelled(
+    training: Sequence[TrainingQuery], stores: Stores, library: Library, version: pathlib.Path | None, topics: np.ndarray,
     inherit: bool,
 ) -> TrainingSet:  # fmt: skip
-    """The pairs with the negatives of a version of the store and the topics of queries (their first positive's) and
-    passages."""
+    """The pairs with the topics of queries (their first positive's) and passages, and with the negatives of a version of
+    the store; None for an objective that finds its own."""
     used = [q for q in training if not q.held_out]
+    found = pairs(training, stores)._replace(
+        topic_n=topics[np.array([q.positives[0] for q in used])].astype(np.int32),
+        passage_topic=None if inherit else topics,
+    )
+    if version is None:
+        return found
     mined: dict[tuple[int, str], np.ndarray] = {}
     for index, lang in enumerate(library.langs):
         qids, stored = negatives.read(version, lang)
         for qid, rows in zip(qids, np.asarray(stored.rows_QxN), strict=True):
             mined[index, qid] = rows[rows != NO_HIT] + library.bases[index]
-    return pairs(training, stores)._replace(
-        topic_n=topics[np.array([q.positives[0] for q in used])].astype(np.int32),
-        negatives=Ragged.of(mined[q.lang, q.qid] for q in used),
-        passage_topic=None if inherit else topics,
-    )
+    return found._replace(negatives=Ragged.of(mined[q.lang, q.qid] for q in used))
 
 
 def cloze(directory: pathlib.Path, library: Library, vocab_size: int) -> TrainingSet:
@@ -158,6 +160,8 @@ def batch_maker(
     hard = sources[0].passages_per_query - 1
     others = (section.batch_size - 1) * (hard + 1)
     sentence = f"each query sees 1 positive, {hard} hard negatives and {others} in-batch passages"
+    if hard < 0:
+        sentence = f"each query sees the {section.objective.top_k} passages that it retrieves in the step"
     return make, sum(len(shapes.profiles) for _, _, shapes, _ in planned), sentence
 
 

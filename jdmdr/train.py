@@ -93,7 +93,7 @@ def train(
     bar = progress.bar(None, "  training", "steps", total=section.steps, initial=first)
     pending = None  # the metrics of the step before: fetched while the device works on the next one
     for step, (batch, figures) in enumerate(iterator, first):
-        state, metrics = step_fn(state, parallel.put_batch(batch, mesh))
+        state, metrics = step_fn(state, {**parallel.put_batch(batch, mesh), **objective.arrays})
         if pending:
             _account(log, bar, section, *pending)
         pending = step, metrics, figures

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 
 from jdmdr import lora
+from jdmdr.encoders import EncoderConfig
 from jdmdr.optim import named_leaves
 from jdmdr.types import UserError
 
@@ -41,6 +42,26 @@ def split(section: Any, params: Any, own: Mapping[str, jax.Array], seed: int) ->
     if own:
         trained[OBJECTIVE] = dict(own)
     return trained, frozen
+
+
+def require_frozen_passages(section: Any, config: EncoderConfig, params: Any) -> None:
+    """Refuses a run that would train the passages' tower while its objective searches vectors that stay as they are.
+
+    Raises:
+      UserError: one tower embeds both sides, or a parameter of the passages' tower trains.
+    """
+    if not config.untied:
+        raise UserError(
+            f"objective {section.objective.name} trains the queries' encoder alone, and here one tower embeds both sides; "
+            "set encoder.towers to 'untied'"
+        )
+    trained, _ = split(section, params, {}, 0)
+    own = trained.pop(LORA, {})
+    if "passage" in trained or any("passage/" in name for name in own):
+        raise UserError(
+            f"objective {section.objective.name} leaves the passages' tower as it is; train the queries' alone: trainable "
+            "'^query/', or with adapters lora.target '^query/...'"
+        )
 
 
 def assemble(trained: Any, frozen: Any, section: Any = None, rng: jax.Array | None = None) -> tuple[Any, Any]:

@@ -219,15 +219,18 @@ def adopt(stage: Stage, workdir: pathlib.Path, donors: Iterable[pathlib.Path]) -
         if _intact(donor / stage.name, manifest):
             partial = target.with_name(f".{stage.name}.partial")
             shutil.rmtree(partial, ignore_errors=True)
-            shutil.copytree(donor / stage.name, partial, copy_function=_link)
+            shutil.copytree(donor / stage.name, partial, copy_function=link)
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
             return
 
 
-def _link(source: str, target: str) -> None:
+def link(source: str | pathlib.Path, target: str | pathlib.Path) -> None:
+    """Another name of a file that nobody writes to any more; a copy where there are no links."""
     try:
         os.link(source, target)
+    except FileExistsError:
+        return
     except OSError:  # no links on this file system, or too many to one file
         shutil.copy2(source, target)
 

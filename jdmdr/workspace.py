@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from jdmdr import (
     corpus,
     datasets,
+    embeddings,
     encode,
     encoders,
     models,
@@ -120,12 +121,14 @@ class Workspace:
 
     def _embed(
         self, model: tuple[encoders.EncoderConfig, Any], section: ConfigDict, tokens: pathlib.Path, vocab_size: int,
-        langs: Sequence[str], topics: Sequence[str], out_dir: pathlib.Path,
+        langs: Sequence[str], topics: Sequence[str], out_dir: pathlib.Path, passages: bool = True,
     ) -> dict[str, Any]:  # fmt: skip
+        """Encodes passages and queries; without `passages` their vectors are there already."""
         c = self.config.encode
         encoder_config, params = model
         encoder = encoders.build(encoder_config)
-        sides = {"passages": "passage"} | {f"queries.{split}": "query" for split in topics}
+        sides = {"passages": "passage"} if passages else {}
+        sides |= {f"queries.{split}": "query" for split in topics}
         stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in sides}
         bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
         embedders = {
@@ -137,7 +140,11 @@ class Workspace:
                 encode.encode_rows(embedders[sides[name]], params, store, int(first), int(stop - first), out_dir / lang,
                                    name, c.shard_rows, c.dtype, bar)  # fmt: skip
         bar.close()
-        return {"encoder": encoder_config.to_dict(), "similarity": "cosine" if encoder_config.normalize else "dot"}
+        return {
+            "encoder": encoder_config.to_dict(),
+            "similarity": "cosine" if encoder_config.normalize else "dot",
+            "passages": embeddings.origin(encoder_config, params, section),
+        }
 
     def _mined_langs(self) -> list[str]:
         return [lang for lang in self.library.langs if self.library.queries(lang, TRAIN)[0]]
@@ -161,6 +168,8 @@ class Workspace:
         match spec.kind:
             case retrievers.BM25:
                 return retrievers.bm25(self.directory / "bm25" / lang, texts)
+            case retrievers.RANDOM:
+                return retrievers.at_random(lang, len(collection), self.config.seed)
             case retrievers.RUN:
                 return retrievers.external_run(retrievers.run_path(spec, lang), qids, collection)
             case retrievers.VECTORS:

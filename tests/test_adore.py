@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 
 from jdmdr import parallel
-from jdmdr.index import resident
-from jdmdr.objectives import OBJECTIVES
-from jdmdr.objectives.adore import METRICS, MISSING, lambda_loss
-from jdmdr.types import NO_HIT
+from jdmdr.objectives import OBJECTIVES, Collections
+from jdmdr.objectives.adore import METRICS, MISSING, SCOPES, lambda_loss
+from jdmdr.types import NO_HIT, UserError
 
 
 def oracle(scores, rows, K, cut, metric, missing):
@@ -83,50 +82,77 @@ def test_is_finite_at_score_gaps_of_hundreds():
     assert np.isfinite(loss) and np.isfinite(gradient).all()
 
 
-def make_step_case(dtype="float32", rows=300, width=8, queries=4):
+BASES = np.array([0, 100, 300])
+
+
+def make_config(**changes):
+    keys = dict(top_k=10, metric_cut=10, metric="mrr", missing="append_if_none", scope="own", index_dtype="float32",
+                temperature=1.0, learn_temperature=False)  # fmt: skip
+    return SimpleNamespace(**{**keys, **changes})
+
+
+def make_step_case(scope="own", dtype="float32", rows=300, width=8, queries=4):
     rng = np.random.default_rng(0)
     corpus = rng.normal(size=(rows, width)).astype(np.float32)
-    mesh = parallel.data_mesh()
-    placed = resident.place([corpus[:100], corpus[100:]], mesh, dtype)
-    config = SimpleNamespace(top_k=10, metric_cut=10, metric="mrr", missing="append_if_none", temperature=1.0)
-    objective = OBJECTIVES["adore"](config, mesh)
+    config = make_config(scope=scope, index_dtype=dtype)
+    objective = OBJECTIVES["adore"](config, parallel.data_mesh(), Collections([corpus[:100], corpus[100:]], BASES))
     batch = {
         "queries": None,
-        "positive_rows_BxM": np.array([[3, NO_HIT], [250, 17], [299, NO_HIT], [150, NO_HIT]], np.int32),
-        "first_row_B": np.array([0, 0, 200, 100], np.int32),
-        "end_row_B": np.array([300, 300, 300, 200], np.int32),
+        "positive_ids_BxM": np.array([[3, NO_HIT], [250, 117], [299, NO_HIT], [50, NO_HIT]], np.int32),
+        "lang_B": np.array([0, 1, 1, 0], np.int32),
+        **objective.arrays,
     }
     q_BxD = rng.normal(size=(queries, width)).astype(np.float32)
 
     @jax.jit
-    def loss(q_BxD, placed):
-        return objective(None, placed, batch, lambda *_: q_BxD, None, None)[0]
+    def loss(q_BxD, batch):
+        return objective.loss(None, {}, batch, lambda *_: q_BxD, None, None)[0]
 
-    return loss, placed, corpus, q_BxD, batch
+    return loss, corpus, q_BxD, batch
 
 
-def brute_force(q_BxD, corpus, batch):
+def brute_force(q_BxD, corpus, batch, scope="own"):
     scores, rows = [], []
     for i, q in enumerate(q_BxD.astype(np.float64)):
-        own = np.arange(batch["first_row_B"][i], batch["end_row_B"][i])
+        lang = batch["lang_B"][i]
+        own = np.arange(BASES[lang], BASES[lang + 1]) if scope == "own" else np.arange(BASES[-1])
         found = own[np.argsort(-(corpus[own].astype(np.float64) @ q), kind="stable")[:10]]
-        all_rows = np.concatenate([found, batch["positive_rows_BxM"][i]])
+        all_rows = np.concatenate([found, batch["positive_ids_BxM"][i]])
         rows.append(all_rows)
         scores.append(np.where(all_rows == NO_HIT, 0, corpus[all_rows].astype(np.float64) @ q))
     return oracle(np.array(scores), np.array(rows), 10, 10, "mrr", "append_if_none")
 
 
+@pytest.mark.parametrize("scope", SCOPES)
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_the_step_searches_with_the_query_vectors_of_now(dtype):
-    loss, placed, corpus, q_BxD, batch = make_step_case(dtype)
+def test_the_step_searches_with_the_query_vectors_of_now(scope, dtype):
+    loss, corpus, q_BxD, batch = make_step_case(scope, dtype)
     for moved in (q_BxD, -q_BxD, q_BxD[::-1].copy()):
-        assert float(loss(moved, placed)) == pytest.approx(brute_force(moved, corpus, batch), rel=1e-4)
+        assert float(loss(moved, batch)) == pytest.approx(brute_force(moved, corpus, batch, scope), rel=1e-4)
 
 
 def test_the_gradient_reaches_the_queries_and_matches_finite_differences():
-    loss, placed, corpus, q_BxD, batch = make_step_case()
-    gradient = jax.jit(jax.grad(loss))(q_BxD, placed)
+    loss, corpus, q_BxD, batch = make_step_case()
+    gradient = jax.jit(jax.grad(loss))(q_BxD, batch)
     direction = np.random.default_rng(2).normal(size=q_BxD.shape).astype(np.float32)
     h = 1e-4  # small enough that the retrieved lists stay as they are
     ahead, behind = (brute_force(q_BxD + s * h * direction, corpus, batch) for s in (1, -1))
     assert float((gradient * direction).sum()) == pytest.approx((ahead - behind) / (2 * h), rel=1e-2)
+
+
+def test_no_host_round_trip_and_one_compilation():
+    loss, _, q_BxD, batch = make_step_case()
+    vectors = [jax.device_put(q_BxD * scale) for scale in (1, 2, 3)]
+    batch = jax.device_put(batch)
+    loss(vectors[0], batch)
+    with jax.transfer_guard("disallow"):
+        for moved in vectors:
+            loss(moved, batch)
+    assert loss._cache_size() == 1
+
+
+def test_a_metric_cut_beyond_the_smallest_collection_is_refused():
+    collections = Collections([np.zeros((300, 4), np.float32)], BASES)
+    OBJECTIVES["adore"](make_config(metric_cut=300, scope="all"), parallel.data_mesh(), collections)
+    with pytest.raises(UserError, match="metric_cut is 101, but the smallest collection that is searched has 100"):
+        OBJECTIVES["adore"](make_config(metric_cut=101), parallel.data_mesh(), collections)

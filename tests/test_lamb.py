@@ -46,7 +46,7 @@ def test_equals_the_formula_with_clamped_norms_zero_tensors_and_decay_on_some_te
     assert np.linalg.norm(params["large"]) > LARGEST_NORM
     gradients = [{k: rng.normal(size=v.shape).astype(np.float32) for k, v in params.items()} for _ in range(5)]
     gradients[0]["bias"] = np.zeros(5, np.float32)
-    optimiser = lamb(1e-2, weight_decay=0.1, decayed={"large": True, "zero": True, "bias": False})
+    optimiser = lamb(1e-2, weight_decay=0.1, mask={"large": True, "zero": True, "bias": False})
     expected = oracle(params, gradients, 1e-2, {"large": 0.1, "zero": 0.1, "bias": 0})
     for name, value in run(optimiser, params, gradients).items():
         np.testing.assert_allclose(value, expected[name], rtol=2e-5, atol=1e-6)

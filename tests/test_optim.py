@@ -13,7 +13,7 @@ GRADIENT = {"embedding": jnp.full((3, 2), 0.3), "layer": {"kernel": jnp.full(4, 
 
 def section(**changes):
     defaults = dict(steps=20, learning_rate=1e-3, learning_rates=(), warmup_share=0.25, decay="linear",
-                    weight_decay=0.0, clip=0.0)  # fmt: skip
+                    weight_decay=0.0, no_decay="", clip=0.0, optimiser="adamw")  # fmt: skip
     return ConfigDict({**defaults, **changes})
 
 
@@ -56,6 +56,20 @@ def test_gradient_is_clipped_by_its_norm_over_all_parameters():
 def test_weight_decay_pulls_towards_zero_by_the_rate():
     with_decay, without = first_update(weight_decay=0.1), first_update()
     np.testing.assert_allclose(with_decay["weight"] - without["weight"], -1e-3 * 0.1, rtol=1e-3)
+
+
+def test_what_no_decay_matches_does_not_decay():
+    with_decay, without = first_update(weight_decay=0.1, no_decay="^weight$|kernel"), first_update()
+    np.testing.assert_array_equal(with_decay["weight"], without["weight"])
+    np.testing.assert_array_equal(with_decay["layer"]["kernel"], without["layer"]["kernel"])
+    np.testing.assert_allclose(with_decay["embedding"] - without["embedding"], -1e-3 * 0.1, rtol=1e-3)
+
+
+def test_lamb_scales_an_update_by_the_norm_of_its_tensor():
+    update = first_update(optimiser="lamb")
+    for name in ("embedding", "weight"):
+        norm = float(jnp.linalg.norm(PARAMS[name]))
+        np.testing.assert_allclose(jnp.linalg.norm(update[name]), 1e-3 * norm, rtol=1e-4)
 
 
 def test_pattern_that_matches_nothing_is_refused_with_the_names_there_are():

@@ -87,8 +87,8 @@ def test_objective_encodes_both_sides_once():
         calls.append(side)
         return jnp.asarray({"query": q, "passage": p}[side])
 
-    config = SimpleNamespace(negatives="all", temperature=TEMPERATURE)
+    config = SimpleNamespace(negatives="all", temperature=TEMPERATURE, learn_temperature=False)
     batch = {**batch, "queries": None, "passages": None}
-    value, _ = OBJECTIVES["pairwise"](config, None)({}, {}, batch, encode, None, None)
+    value, _ = OBJECTIVES["pairwise"](config, None, None).loss({}, {}, batch, encode, None, None)
     assert calls == ["query", "passage"]
     assert float(value) == pytest.approx(oracle(q, p, batch, "all"), rel=1e-5)

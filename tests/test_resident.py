@@ -114,5 +114,5 @@ def check_eight_devices():
     test_scores_of_pairs_are_exact_and_differentiable_in_the_queries()
     import tests.test_adore as adore
 
-    adore.test_the_step_searches_with_the_query_vectors_of_now("float32")
+    adore.test_the_step_searches_with_the_query_vectors_of_now("own", "float32")
     adore.test_the_gradient_reaches_the_queries_and_matches_finite_differences()

@@ -1,8 +1,8 @@
 """Training objectives: what they are, and the registry from name to factory.
 
-An objective is a function `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)` and the parameters
-`extra` that it brings. It never encodes by itself: `encode` is handed in, already sharded, cached and cast. A new
-objective is one file here and one entry below.
+An objective is a function `loss(params, extra, batch, encode, rng, step) -> (scalar, metrics)`, the parameters `extra`
+and the frozen arrays that it brings. It never encodes by itself: `encode` is handed in, already sharded, cached and cast.
+A new objective is one file here and one entry below.
 """
 
 from __future__ import annotations
@@ -15,26 +15,32 @@ import jax
 from jdmdr.encoders import EncoderConfig
 from jdmdr.objectives import adore, contrastive, pairwise
 from jdmdr.objectives.matryoshka import matryoshka
-from jdmdr.objectives.protocol import Encode, Loss, Objective
+from jdmdr.objectives.protocol import Collections, Encode, Loss, Objective
 from jdmdr.types import UserError
 
-__all__ = ["OBJECTIVES", "Encode", "Loss", "Objective", "build"]
+__all__ = ["OBJECTIVES", "SEARCHING", "Collections", "Encode", "Loss", "Objective", "build"]
 
-# Factories take the objective's config and the mesh (None: one device).
-OBJECTIVES: dict[str, Callable[[Any, jax.sharding.Mesh | None], Objective]] = {
+# Factories take the objective's config, the mesh (None: one device) and the frozen passage vectors, if it searches them.
+OBJECTIVES: dict[str, Callable[[Any, jax.sharding.Mesh | None, Collections | None], Objective]] = {
     "adore": adore.make_objective,
     "contrastive": contrastive.make_objective,
     "pairwise": pairwise.make_objective,
 }
+SEARCHING = ("adore",)  # objectives whose batches are queries alone: they find the passages themselves
 
 
-def build(config: Any, encoder: EncoderConfig, mesh: jax.sharding.Mesh | None = None) -> Objective:
+def build(
+    config: Any,
+    encoder: EncoderConfig,
+    mesh: jax.sharding.Mesh | None = None,
+    collections: Collections | None = None,
+) -> Objective:
     """The objective that a recipe's `objective` keys describe, over embeddings of `encoder`.
 
     Raises:
-      UserError: `dimensions` that the embeddings do not have.
+      UserError: `dimensions` that the embeddings do not have; or the objective's own refusals.
     """
-    objective = OBJECTIVES[config.name](config, mesh)
+    objective = OBJECTIVES[config.name](config, mesh, collections)
     if not config.dimensions:
         return objective
     wrong = [d for d in config.dimensions if not 0 < d < encoder.embedding_width]

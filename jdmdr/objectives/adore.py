@@ -18,32 +18,55 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdmdr.index import resident
-from jdmdr.types import NO_HIT
+from jdmdr.objectives import temperature as temperatures
+from jdmdr.objectives.protocol import Collections, Objective
+from jdmdr.types import NO_HIT, UserError
 
 METRICS = ("mrr", "ndcg")
 MISSING = ("append_if_none", "append_all")
+SCOPES = ("own", "all")
 
 
-def make_objective(config: Any, mesh: Mesh):
-    """The ADORE objective over `extra`, the collection as `resident.place` puts it on the mesh.
+def make_objective(config: Any, mesh: Mesh, collections: Collections) -> Objective:
+    """The ADORE objective over frozen passage vectors, which it puts on the mesh.
 
     Config keys: `top_k` (K), `metric_cut`, `metric` (one of METRICS), `missing` (one of MISSING: positives are appended
-    for queries that retrieve none of theirs, or always) and `temperature` (a divisor of the scores). The batch brings
-    `positive_rows_BxM`, every known positive of each query padded with `NO_HIT`, and `first_row_B`, `end_row_B`, the
-    rows that may be retrieved.
+    for queries that retrieve none of theirs, or always), `scope` (one of SCOPES: a query searches the collection of its
+    language, or all), `index_dtype` (resident.DTYPES) and those of the temperature (a divisor of the scores). The batch
+    brings `positive_ids_BxM`, every known positive of each query, and `lang_B`.
+
+    Raises:
+      UserError: a metric cut beyond the smallest collection that is searched.
     """
+    bases = np.asarray(collections.bases, np.int32)
+    first_L, end_L = (bases[:-1], bases[1:]) if config.scope == "own" else np.broadcast_arrays(bases[0], bases[-1:])
+    first_L, end_L = (np.broadcast_to(of, len(bases) - 1) for of in (first_L, end_L))
+    smallest = int((end_L - first_L).min())
+    if config.metric_cut > smallest:
+        raise UserError(
+            f"objective.metric_cut is {config.metric_cut}, but the smallest collection that is searched has {smallest} "
+            "passages; no rank lies beyond that"
+        )
+    arrays = {
+        "collections": resident.place(collections.blocks, mesh, config.index_dtype),
+        "first_row_L": jnp.asarray(first_L),
+        "end_row_L": jnp.asarray(end_L),
+    }
 
     def loss(params, extra, batch, encode, rng, step):
         del rng, step
+        vectors = batch["collections"]
         q_BxD = encode(params, batch["queries"], "query")
         q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec()))
-        rows_BxK, _ = resident.top_k(extra, q_BxD, config.top_k, batch["first_row_B"], batch["end_row_B"], mesh)
-        rows_BxR = jnp.concatenate([rows_BxK, batch["positive_rows_BxM"]], axis=1)
-        scores_BxR = resident.scores(extra, q_BxD, rows_BxR, mesh) / config.temperature
-        return lambda_loss(
+        first_B, end_B = (batch[name][batch["lang_B"]] for name in ("first_row_L", "end_row_L"))
+        rows_BxK, _ = resident.top_k(vectors, q_BxD, config.top_k, first_B, end_B, mesh)
+        rows_BxR = jnp.concatenate([rows_BxK, batch["positive_ids_BxM"]], axis=1)
+        scores_BxR = resident.scores(vectors, q_BxD, rows_BxR, mesh) / temperatures.value(config, extra)
+        value, metrics = lambda_loss(
             scores_BxR,
             rows_BxR,
             config.top_k,
@@ -51,8 +74,9 @@ def make_objective(config: Any, mesh: Mesh):
             metric=config.metric,
             missing=config.missing,
         )
+        return value, {**metrics, **temperatures.metrics(config, extra)}
 
-    return loss
+    return Objective(loss, temperatures.parameters(config), temperatures.figures(config), arrays)
 
 
 def lambda_loss(

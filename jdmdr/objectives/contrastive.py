@@ -26,18 +26,19 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jdmdr.objectives import temperature as temperatures
-from jdmdr.objectives.protocol import Objective
+from jdmdr.objectives.protocol import Collections, Objective
 from jdmdr.types import UserError
 
 MODES = ("none", "example", "negative", "literal_trainer")
 
 
-def make_objective(config: Any, mesh: Mesh | None = None) -> Objective:
+def make_objective(config: Any, mesh: Mesh | None = None, collections: Collections | None = None) -> Objective:
     """The contrastive objective; config keys: `mode` (one of MODES) and those of the temperature (a divisor, > 0).
 
     With a mesh the queries' rows of the score matrix stay sharded over its axis "data" while every device sees all
     passages.
     """
+    del collections
     mode = config.mode
     if mode not in MODES:
         raise UserError(f"objective.mode is {mode!r}; choose one of {', '.join(MODES)}.")
@@ -48,12 +49,9 @@ def make_objective(config: Any, mesh: Mesh | None = None) -> Objective:
         temperature = temperatures.value(config, extra)
         q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
         value, metrics = contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
-        return value, {**metrics, **({"temperature": temperature} if extra else {})}
+        return value, {**metrics, **temperatures.metrics(config, extra)}
 
-    def figures(extra):
-        return {"temperature": float(temperatures.value(config, extra))} if extra else {}
-
-    return Objective(loss, parameters, figures)
+    return Objective(loss, parameters, temperatures.figures(config))
 
 
 def encode_sides(params: Any, batch: Mapping[str, Any], encode: Any, mesh: Mesh | None) -> tuple[jax.Array, jax.Array]:

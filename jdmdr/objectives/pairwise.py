@@ -25,24 +25,29 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jdmdr.objectives import temperature as temperatures
 from jdmdr.objectives.contrastive import encode_sides, similarities, valid_columns
+from jdmdr.objectives.protocol import Collections, Objective
 
 NEGATIVES = ("all", "own")
 
 
-def make_objective(config: Any, mesh: Mesh | None = None):
-    """The pairwise objective; config keys: `negatives` (one of NEGATIVES) and `temperature` (a divisor, > 0)."""
+def make_objective(config: Any, mesh: Mesh | None = None, collections: Collections | None = None) -> Objective:
+    """The pairwise objective; config keys: `negatives` (one of NEGATIVES) and those of the temperature (a divisor, > 0)."""
+    del collections
 
     def loss(params, extra, batch, encode, rng, step):
-        del extra, rng, step
+        del rng, step
         q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
-        return pairwise_loss(q_BxD, p_NxD, batch, temperature=config.temperature, negatives=config.negatives)
+        temperature = temperatures.value(config, extra)
+        value, metrics = pairwise_loss(q_BxD, p_NxD, batch, temperature=temperature, negatives=config.negatives)
+        return value, {**metrics, **temperatures.metrics(config, extra)}
 
-    return loss
+    return Objective(loss, temperatures.parameters(config), temperatures.figures(config))
 
 
 def pairwise_loss(
-    q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], *, temperature: float, negatives: str
+    q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], *, temperature: float | jax.Array, negatives: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss on embeddings and its metrics.
 

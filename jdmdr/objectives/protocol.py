@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import numpy as np
 
 from jdmdr.shapes import Chunks
 
@@ -29,7 +30,8 @@ class Loss(Protocol):
         rng: jax.Array,
         step: jax.Array,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Returns the loss and scalar metrics; `extra` are the objective's own parameters at this step."""
+        """Returns the loss and scalar metrics; `extra` are the objective's own parameters at this step, and `batch` holds its
+        arrays too."""
 
 
 class Objective(NamedTuple):
@@ -38,3 +40,11 @@ class Objective(NamedTuple):
     loss: Loss
     parameters: Mapping[str, jax.Array] = {}  # where they start
     figures: Callable[[Any], dict[str, float]] = lambda extra: {}  # what a person wants to know of them in the end
+    arrays: Mapping[str, Any] = {}  # on the devices; each step gets them beside its batch, and no step changes them
+
+
+class Collections(NamedTuple):
+    """Passage vectors that stay as they are while the queries' encoder trains."""
+
+    blocks: Sequence[np.ndarray]  # [rows, D] each, memory-mapped as a rule; global rows in order
+    bases: np.ndarray  # [L + 1]: collection l is the global rows bases[l] .. bases[l + 1] - 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -36,6 +37,16 @@ def value(config: Any, own: dict[str, jax.Array]) -> jax.Array | float:
     if LOG_TEMPERATURE not in own:
         return config.temperature
     return jnp.exp(_bounded(own[LOG_TEMPERATURE], np.log(config.min_temperature), np.log(config.max_temperature)))
+
+
+def metrics(config: Any, own: dict[str, jax.Array]) -> dict[str, jax.Array | float]:
+    """What a step logs of a learned temperature."""
+    return {"temperature": value(config, own)} if own else {}
+
+
+def figures(config: Any) -> Callable[[Any], dict[str, float]]:
+    """What a person wants to know of a learned temperature in the end."""
+    return lambda own: {name: float(number) for name, number in metrics(config, own).items()}
 
 
 @jax.custom_vjp
