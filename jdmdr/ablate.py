@@ -4,6 +4,8 @@
 
 Every row and seed is a working directory of the ordinary pipeline, `cells/ROW-SEED/`; a stage that another cell has
 finished with the same settings and inputs is linked instead of done again. A second run goes on where the first stopped.
+A row whose `encoder.name` is `row:NAME` starts from what that row, which stands before it, ended with; it is compared with
+that row, and the others with the reference.
 Writes `ablation.md` and `ablation.json`.
 """
 
@@ -22,7 +24,9 @@ from jdmdr import cli, progress, scores, significance, workdir
 from jdmdr.metrics import AVERAGE
 from jdmdr.types import UserError
 
-MEASURES = ("ndcg@10", "recall@100")
+MEASURES = ("ndcg@10", "mrr@10", "recall@100")
+TITLES = {"ndcg@10": "nDCG@10", "mrr@10": "MRR@10", "recall@100": "Recall@100"}
+FROM_ROW = "row:"
 ALPHA = 0.05
 SERVER = "needs a server"
 
@@ -38,6 +42,12 @@ class Row(NamedTuple):
     def slug(self) -> str:
         return re.sub(r"[^a-z0-9]+", "-", self.name.lower()).strip("-")
 
+    @property
+    def start(self) -> str | None:
+        """The name of the row whose encoder this one starts from."""
+        name = (self.overrides or {}).get("encoder.name", "")
+        return name.removeprefix(FROM_ROW) if name.startswith(FROM_ROW) else None
+
 
 def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
     """The command: all cells, then the tables."""
@@ -47,12 +57,14 @@ def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
     rows = [Row(table, name, overrides and dict(overrides)) for table, name, overrides in settings.rows]
     _check(rows, settings)
     cells = [(row, seed) for row in rows if row.overrides is not None for seed in settings.seeds]
-    configs = {(row.slug, seed): cell_config(config, row, seed) for row, seed in cells}
+    configs = {(row.slug, seed): cell_config(config, row, seed, directory / "cells") for row, seed in cells}
     for row, seed in cells:
         _check_values(configs[row.slug, seed], row)
+    starts = {row.start for row in rows}
     for number, (row, seed) in enumerate(cells, 1):
         progress.say(f"[{number}/{len(cells)}] {row.name}, seed {seed}")
-        run_cell(configs[row.slug, seed], directory / "cells", f"{row.slug}-{seed}")
+        target = "export" if row.name in starts else "evaluate"
+        run_cell(configs[row.slug, seed], directory / "cells", cell_name(row, seed), target)
     found = results(rows, settings.seeds, settings.reference, config.name, directory / "cells")
     workdir.write_json(directory / "ablation.json", found)
     workdir.write_text(directory / "ablation.md", page(found, "github"))
@@ -68,15 +80,27 @@ def _check(rows: Sequence[Row], settings: ConfigDict) -> None:
         raise UserError(f"ablation.reference is {settings.reference!r}, which is no row of ablation.rows that runs")
     if not settings.seeds:
         raise UserError("ablation.seeds is empty; name one seed or more, such as (0, 1, 2)")
+    for place, row in enumerate(rows):
+        if row.start and row.start not in [earlier.name for earlier in rows[:place] if earlier.overrides is not None]:
+            raise UserError(
+                f"ablation.rows, {row.name}: encoder.name is 'row:{row.start}', and no row before it has that name"
+            )
 
 
-def cell_config(config: ConfigDict, row: Row, seed: int) -> ConfigDict:
+def cell_name(row: Row, seed: int) -> str:
+    return f"{row.slug}-{seed}"
+
+
+def cell_config(config: ConfigDict, row: Row, seed: int, cells: pathlib.Path) -> ConfigDict:
     """The recipe of one row and seed; raises UserError for a key that it does not have."""
+    overrides = dict(row.overrides)
+    if row.start:
+        overrides["encoder.name"] = str(cells / cell_name(Row("", row.start, None), seed) / "export")
     cell = config.copy_and_resolve_references()
     with cell.unlocked(), cell.ignore_type():
         del cell.ablation
         cell.seed = seed
-        for key, value in row.overrides.items():
+        for key, value in overrides.items():
             *groups, last = key.split(".")
             part = cell
             for group in groups:
@@ -96,8 +120,8 @@ def _check_values(config: ConfigDict, row: Row) -> None:
         raise UserError(f"ablation.rows, {row.name}: {error}") from None
 
 
-def run_cell(config: ConfigDict, cells: pathlib.Path, name: str) -> None:
-    """Brings one cell's evaluation up to date, with the finished stages of other cells where they fit."""
+def run_cell(config: ConfigDict, cells: pathlib.Path, name: str, target: str) -> None:
+    """Brings one cell's stage `target` up to date, with the finished stages of other cells where they fit."""
     from jdmdr.pipeline import needed
     from jdmdr.recipe import Recipe
 
@@ -107,7 +131,7 @@ def run_cell(config: ConfigDict, cells: pathlib.Path, name: str) -> None:
         if "train" not in stages:
             raise UserError("data.root has no training queries and nothing is set to train, so all rows would be one")
         donors = sorted(path for path in cells.iterdir() if path.is_dir() and path != directory)
-        for stage in needed(stages, "evaluate"):
+        for stage in needed(stages, target):
             workdir.adopt(stages[stage], directory, donors)
             workdir.bring_up_to_date(stages[stage], directory, True, lambda line: None)
 
@@ -120,13 +144,13 @@ def results(
 ) -> dict[str, Any]:
     """{split: {measure: [{"table", "name", "seeds", "mean", "low", "high", "difference", "p_corrected"}]}}.
 
-    A row's test against the reference pairs queries, each the mean over the seeds; p is corrected by Holm for the number of
-    rows. A row that needs a server has its name alone.
+    A row's test against the reference, or against the row that it starts from, pairs queries, each the mean over the seeds;
+    p is corrected by Holm for the number of rows. A row that needs a server has its name alone.
     """
     values = {}  # split -> measure -> row -> [by language, one a seed]
     for row in rows:
         for seed in seeds if row.overrides is not None else ():
-            evaluated = cells / f"{row.slug}-{seed}" / "evaluate"
+            evaluated = cells / cell_name(row, seed) / "evaluate"
             for path in sorted(evaluated.glob("*.queries.tsv")):
                 of = scores.read_queries(path).values[system]
                 for measure in MEASURES:
@@ -144,7 +168,8 @@ def _lines(
     pooled = {
         name: {lang: np.mean([run[lang] for run in runs], axis=0) for lang in runs[0]} for name, runs in of.items()
     }
-    pairs = {name: (values, pooled[reference]) for name, values in pooled.items() if name != reference}
+    bases = {row.name: row.start or reference for row in rows}
+    pairs = {name: (values, pooled[bases[name]]) for name, values in pooled.items() if name != reference}
     tests = significance.corrected(significance.compare_all(pairs, 0)) if pairs else {}
     lines = []
     for row in rows:
@@ -171,7 +196,7 @@ def page(found: Mapping[str, Any], form: str) -> str:
             for number, line in enumerate(first):
                 if line["table"] == title:
                     rows.append(_cells(line["name"], [of[number] for of in by_measure.values()], langs))
-            headers = ["", *langs, "nDCG@10", "over the seeds", "difference", "p", "Recall@100"]
+            headers = ["", *langs, "nDCG@10", "over the seeds", "difference", "p", *(TITLES[of] for of in MEASURES[1:])]
             table = tabulate(
                 rows, headers, form, disable_numparse=True, colalign=["left"] + ["right"] * (len(headers) - 1)
             )
@@ -181,16 +206,21 @@ def page(found: Mapping[str, Any], form: str) -> str:
 
 
 def _cells(name: str, lines: Sequence[Mapping[str, Any]], langs: Sequence[str]) -> list[str]:
-    ndcg, recall = lines
+    ndcg, *others = lines
     if "mean" not in ndcg:
-        return [name, *[""] * len(langs), SERVER, "", "", "", ""]
+        return [name, *[""] * len(langs), SERVER, "", "", "", *[""] * len(others)]
     spread = f"{ndcg['low']:.3f} to {ndcg['high']:.3f}"
-    against = ["", ""]
-    if "difference" in ndcg:
-        star = "*" if ndcg["p_corrected"] < ALPHA else ""
-        against = [f"{ndcg['difference']:+.3f}{star}", f"{ndcg['p_corrected']:.3f}"]
+    against = [_difference(ndcg), f"{ndcg['p_corrected']:.3f}"] if "difference" in ndcg else ["", ""]
     by_lang = [f"{ndcg['languages'][lang]:.3f}" for lang in langs]
-    return [name, *by_lang, f"{ndcg['mean']:.3f}", spread, *against, f"{recall['mean']:.3f}"]
+    more = [f"{line['mean']:.3f} {_difference(line)}".strip() for line in others]
+    return [name, *by_lang, f"{ndcg['mean']:.3f}", spread, *against, *more]
+
+
+def _difference(line: Mapping[str, Any]) -> str:
+    """Signed, with a star where it is significant; empty for the reference."""
+    if "difference" not in line:
+        return ""
+    return f"{line['difference']:+.3f}{'*' if line['p_corrected'] < ALPHA else ''}"
 
 
 if __name__ == "__main__":

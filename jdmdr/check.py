@@ -239,7 +239,7 @@ def _check_passages(name: str, section: ConfigDict) -> None:
         raise UserError(f"{name}.objective.dimensions: {objective.name} searches whole vectors; leave it empty")
     if section.cloze_share:
         raise UserError(
-            f"{name}.cloze_share is {section.cloze_share}; {objective.name} has no passages in its batches: 0"
+            f"{name}.cloze_share is {section.cloze_share}; {objective.name} has no passages in its batches, so it is 0"
         )
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -93,7 +94,7 @@ def test_every_row_of_the_recipe_overrides_keys_that_there_are():
     config = ablation.get_config()
     for row in ablation.ROWS:
         if row[2] is not None:
-            cell = ablate.cell_config(config, Row(*row), 1)
+            cell = ablate.cell_config(config, Row(*row), 1, pathlib.Path("cells"))
             assert cell.seed == 1 and "ablation" not in cell
             for key, value in row[2].items():
                 part = cell
@@ -179,11 +180,11 @@ def test_a_killed_ablation_goes_on_and_a_second_run_does_nothing(tmp_path, data_
         )
     run_cell, done = ablate.run_cell, []
 
-    def dies_after_two(config, cells, name):
+    def dies_after_two(config, cells, name, target):
         if len(done) == 2:
             raise KeyboardInterrupt
         done.append(name)
-        run_cell(config, cells, name)
+        run_cell(config, cells, name, target)
 
     monkeypatch.setattr(ablate, "run_cell", dies_after_two)
     with pytest.raises(KeyboardInterrupt):
