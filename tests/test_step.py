@@ -116,10 +116,11 @@ def test_step_is_compiled_once_a_shape(parts):
     assert step._cache_size() == 2
 
 
-def run_steps(directory, root, everything, steps=3):
-    """The real parts on whatever devices there are: batches with mined negatives, the weighted objective, the mesh.
+def run_steps(directory, root, kind, steps=3):
+    """The real parts on whatever devices there are: batches with mined negatives, the objective, the mesh.
 
-    With `everything` on: untied towers, a head, adapters, Matryoshka and a learned temperature too.
+    `kind` is plain (weighted contrastive), everything (untied towers, a head, adapters, Matryoshka and a learned
+    temperature too), star or adore.
     """
     from conftest import tiny_config
 
@@ -128,44 +129,53 @@ def run_steps(directory, root, everything, steps=3):
     recipe = Recipe(tiny_config(root), directory)
     c, mesh = recipe.config, recipe.mesh
     section = c.train
-    if everything:
+    if kind == "everything":
         c.encoder.towers, c.encoder.projection = "untied", 32
         section.objective.learn_temperature, section.objective.dimensions = True, (8, 16)
         section.lora.rank, section.trainable = 2, "projection|/weight$"
+    if kind == "star":
+        section.objective.name, section.optimiser = "pairwise", "lamb"
+    version, collections = version_dir(directory / "negatives", 0), None
+    if kind == "adore":
+        section.objective.name, section.objective.metric_cut, section.objective.index_dtype = "adore", 10, "float32"
+        c.encoder.towers, section.trainable, section.passages_per_query = "untied", "^query/", 0
+        vectors = [np.load(directory / "embeddings-warmup" / lang / "passages-00000.npy") for lang in ("en", "sw")]
+        version, collections = None, objectives.Collections(vectors, recipe.library.bases)
     labels = topics.read_topics(directory / "topics", recipe.library)
-    stored = version_dir(directory / "negatives", 0)
-    mined = sources.labelled(recipe.training, recipe.stores, recipe.library, stored, labels, False)
+    mined = sources.labelled(recipe.training, recipe.stores, recipe.library, version, labels, False)
     found = [sources.Source(mined, 1.0, section.passages_per_query)]
     section.chunk_rows = 16
     make_batch, shapes, _ = sources.batch_maker(found, section, c.weights, (32, 96), 8, 0, 2, c.topics.clusters)
     config, params = recipe._first_encoder()
-    objective = objectives.build(section.objective, config, mesh)
+    objective = objectives.build(section.objective, config, mesh, collections)
     trained, frozen = trainable.split(section, params, objective.parameters, 0)
     optimiser = make_optimiser(section, trained, frozen)
     state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
     step = make_step(encoders.build(config), objective, optimiser, 0, section.lora)
     losses = []
     for number in range(steps):
-        state, metrics = step(state, parallel.put_batch(make_batch(number)[0], mesh))
+        state, metrics = step(state, {**parallel.put_batch(make_batch(number)[0], mesh), **objective.arrays})
         losses.append(float(metrics["loss"]))
     assert step._cache_size() <= shapes
     return losses, {name: np.asarray(leaf) for name, leaf in named_leaves(state["params"])}
 
 
-@pytest.mark.parametrize("everything", [False, True])
-def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path, everything):
+@pytest.mark.parametrize("kind", ["plain", "everything", "star", "adore"])
+def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path, kind):
     root = finished.config.data.root
     program = """
         import json, pathlib, sys
         import numpy as np
         from test_step import run_steps
-        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[4] == "True")
+        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[4])
         np.savez(sys.argv[3], **params)
         print(json.dumps(losses))
     """
-    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz", everything))
-    losses, params = run_steps(finished.directory, root, everything)
-    assert ("objective/log_temperature" in params) == ("lora/query/embedding/a" in params) == everything
+    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz", kind))
+    losses, params = run_steps(finished.directory, root, kind)
+    assert ("objective/log_temperature" in params) == ("lora/query/embedding/a" in params) == (kind == "everything")
+    if kind == "adore":
+        assert set(params) == {"query/embedding", "query/weight"}
     np.testing.assert_allclose(eight, losses, rtol=1e-6)
     with np.load(tmp_path / "eight.npz") as saved:
         for name, expected in params.items():
