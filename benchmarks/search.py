@@ -59,9 +59,10 @@ class Training:
     """Steps of one objective on the query tower of an untied encoder."""
 
     def __init__(self, section: Any, config: Any, params: Any, objective: Any, mesh: Any):
-        trained, frozen = trainable.split(section, params, {}, 0)
+        # of its own: a step gives its state away
+        trained, frozen = trainable.split(section, jax.tree.map(jnp.copy, params), {}, 0)
         optimiser = optim.make_optimiser(section, trained, frozen)
-        state = step.init_state(jax.tree.map(jnp.copy, trained), optimiser, frozen)
+        state = step.init_state(trained, optimiser, frozen)
         self._state = jax.device_put(state, parallel.replicated(mesh))
         self._step = step.make_step(encoders.build(config), objective, optimiser, 0, section.lora)
         self._arrays, self._mesh = objective.arrays, mesh

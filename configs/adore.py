@@ -40,7 +40,7 @@ def adore(t):
     """ADORE in a training section of the from-scratch encoder."""
     t.objective.name, t.objective.top_k, t.objective.metric_cut, t.objective.temperature = "adore", 200, 200, 0.1
     t.trainable, t.passages_per_query, t.cloze_share = "^query/", 0, 0.0
-    t.policy, t.batch_size = "random", 32
+    t.policy, t.batch_size, t.epochs = "random", 32, 2.0
     t.learning_rates = (("/weight$", 2e-2),)
 
 

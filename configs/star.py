@@ -44,6 +44,7 @@ def pairwise(t):
     """STAR's loss in a training section of the from-scratch encoder."""
     t.objective.name, t.objective.temperature = "pairwise", 0.1
     t.passages_per_query, t.cloze_share, t.policy = 2, 0.0, "language_only"
+    t.optimiser, t.learning_rate, t.learning_rates, t.epochs = "lamb", 3e-3, (), 2.0
 
 
 def msmarco(c):
@@ -53,6 +54,6 @@ def msmarco(c):
     c.warmup.epochs, c.train.epochs = 0.0, 25.0
     t = c.train
     t.objective.temperature, t.batch_size, t.policy = 1.0, 256, "random"
-    t.optimiser, t.learning_rate, t.learning_rates = "lamb", 1e-4, ()
+    t.learning_rate = 1e-4
     t.weight_decay, t.no_decay, t.clip = 0.01, "bias$|_norm/scale$", 1.0
     t.warmup_share, t.checkpoint_every = 0.02, 2000

@@ -16,6 +16,9 @@ TABLE = "From in-batch negatives to ADORE"
 
 def get_config(arg=""):
     c = star.get_config(arg or "star")
+    if not arg:
+        with c.unlocked():
+            c.encoder.width, c.warmup.epochs = 512, 1.0
     changes = _changes(c.train, adore.get_config(arg).train, "train.")
     after = {"encoder.towers": "untied", "warmup.epochs": 0.0, "warmup.steps": None, **changes}
     with c.unlocked():

@@ -103,10 +103,10 @@ def _check_corpus(source: pathlib.Path, own: pathlib.Path, langs: Sequence[str])
         raise UserError(
             f"{KEY}: {source} has embeddings and no corpus/{workdir.MANIFEST}, so whose they are is unknown"
         )
-    if theirs["settings"]["fields"] != ours["settings"]["fields"]:
-        raise UserError(
-            f"{KEY}: data.fields was {theirs['settings']['fields']!r} in {source} and is {ours['settings']['fields']!r} here"
-        )
+    for key in ("fields", "separator"):
+        found, wanted = (of["settings"][key] for of in (theirs, ours))
+        if found != wanted:
+            raise UserError(f"{KEY}: data.{key} was {found!r} in {source} and is {wanted!r} here")
     for lang in langs:
         name = f"{lang}/passages.jsonl"
         if theirs["files"].get(name) != ours["files"][name]:

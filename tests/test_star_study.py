@@ -9,7 +9,7 @@ import pytest
 
 from configs import adore, star_study
 from jdmdr import ablate, models, pipeline
-from jdmdr.types import UserError
+from jdmdr.types import NO_HIT, UserError
 
 
 def small(config, root):
@@ -79,10 +79,13 @@ def test_vectors_are_taken_over_from_another_run_and_report_and_card_say_what_wa
 
 
 def test_random_negatives_are_random_and_no_positives(study, finished):
-    rows = np.load(study / "cells" / "rand-neg-0" / "mine" / "en.rows_QxK.npy")
-    hard = np.load(study / "cells" / "star-0" / "mine" / "en.rows_QxK.npy")
-    assert not np.array_equal(rows, hard)
-    assert all(len(set(row)) == len(row) for row in rows.tolist())
+    random, hard = (study / "cells" / name / "mine" for name in ("rand-neg-0", "star-0"))
+    rows_QxK = np.load(random / "en.rows_QxK.npy")
+    assert not np.array_equal(rows_QxK, np.load(hard / "en.rows_QxK.npy"))
+    positives = {q.qid: set(q.positives.tolist()) for q in finished.training if q.lang == 0}
+    for qid, rows in zip((random / "en.qids.txt").read_text().split(), rows_QxK.tolist(), strict=True):
+        found = [row for row in rows if row != NO_HIT]
+        assert len(set(found)) == len(found) > 0 and not positives[qid] & set(found)
 
 
 @pytest.mark.parametrize(
