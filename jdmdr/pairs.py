@@ -13,6 +13,7 @@ import numpy as np
 
 from jdmdr import encoders, models, parallel, progress, tokenizer
 from jdmdr.encode import InBlocks
+from jdmdr.encoders.pretrained import find_checkpoint
 from jdmdr.tokenizer import CHARACTERS_PER_TOKEN
 from jdmdr.types import Tokens, UserError
 
@@ -123,12 +124,13 @@ class Scorer:
     """
 
     def __init__(self, section: Any, dtype: str, mesh: jax.sharding.Mesh):
-        self.encoder, params = encoders.load_cross_encoder(section.name, section.label, models.matmul_dtype(dtype))
+        directory = str(find_checkpoint(section.name))
+        self.encoder, params = encoders.load_cross_encoder(directory, section.label, models.matmul_dtype(dtype))
         config = self.encoder.config
         if section.length > config.usable_positions:
             raise UserError(f"the length of a pair is {section.length} tokens, but {section.name} has room for "
                             f"{config.usable_positions}; lower --length, or in a recipe cross_encoder.length")  # fmt: skip
-        self.tokenizer, self.length = PairTokenizer(section.name, section.length), section.length
+        self.tokenizer, self.length = PairTokenizer(directory, section.length), section.length
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"the tokenizer of {section.name} has {self.tokenizer.vocab_size} tokens, but its weights have "
                             f"vectors for {config.vocab_size}; they do not belong together")  # fmt: skip

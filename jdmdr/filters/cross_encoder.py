@@ -22,6 +22,7 @@ from jdmdr.filters.rules import Column
 from jdmdr.library import Library, TrainingQuery
 from jdmdr.mine import SCORES, read_mined
 from jdmdr.types import NO_HIT
+from jdmdr.workdir import atomic
 
 
 def score(
@@ -40,14 +41,15 @@ def score(
         for q, query in enumerate(queries):
             rows_QxN[q, mined.rows_QxK.shape[1] :][: len(query.positives)] = query.positives - library.bases[index]
         paths = [out_dir / f"{lang}.{kind}.npy" for kind in SCORES]
+        partial = out_dir / f".{lang}.scores"
         counts[lang] = int((rows_QxN != NO_HIT).sum())
         if not all(path.exists() for path in paths):
-            partial = out_dir / f".{lang}.scores"
             texts = [query.text for query in queries]
             scores_QxN = _score_rows(scorer, texts, rows_QxN, library.collections[index], lang, partial)
             for path, values in zip(paths, np.split(scores_QxN, [mined.rows_QxK.shape[1]], axis=1), strict=True):
-                np.save(path, values)
-            partial.unlink()
+                with atomic(path) as temporary, open(temporary, "wb") as file:
+                    np.save(file, values)
+        partial.unlink(missing_ok=True)
     return {"pairs": counts}
 
 
