@@ -8,8 +8,9 @@
 DIR holds a Qwen3, Llama 3 or Gemma 3 with a chat template, FILE instructions such as Alpaca's; the server translates them,
 at most 938 calls. Then `runs/llm/merged` is a Hugging Face directory, for `vllm serve runs/llm/merged` and `llm.base_url`.
 
-Hardware: for a model of N billion parameters about 2.5 N GB of GPU or TPU memory over all devices, and twice its size of disk.
-Expect: the loss in `adapter/log.jsonl` falls. The paper tunes Llama-3.1-70B-Instruct and gives no figure for it.
+Hardware: one host. A model of N billion parameters takes 2 N GB of its devices' memory for its weights in bfloat16, and
+activations besides; the disk holds it twice. Time was not measured on an accelerator.
+Expect: the loss in `adapter/log.jsonl` falls. The paper tunes Llama-3.1-70B-Instruct and gives no figure of the tuning.
 
 `configs/llm_tune.py:smoke` takes 5 steps on at most 16 instructions in English alone.
 """

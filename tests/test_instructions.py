@@ -1,4 +1,5 @@
 import json
+import re
 
 import pytest
 from llm_servers import MODEL, serve
@@ -101,6 +102,21 @@ def test_a_failed_translation_is_written_down_and_the_next_row_takes_its_place(t
         found = gathered(tmp_path, config, "ru,en,sw")
     assert [row["reason"] for row in found["failed"]] == [reason] and len(found["ru"]) == 3
     assert found["failed"][0]["id"] not in {row["id"] for row in found["ru"]}
+
+
+def test_a_plan_tells_the_calls_that_are_then_made(tmp_path):
+    bad = lambda lang, row: "no" if row["instruction"].endswith("7.") else None
+    with serve(translator(bad)) as server:
+        config = asking(server)
+        config.tune.langs, config.tune.samples = "sw,en,ru", 9
+        config.tune.instructions = str(tmp_path / "rows.json")
+        (tmp_path / "rows.json").write_text(json.dumps(ROWS))
+        table = lambda: instructions.plan(config, tmp_path / "workdir")
+        calls = lambda: [int(n) for n in re.findall(r"^\D+ (\d+) .* \d+ s$", table(), re.M)]
+        assert calls() == [6, 6, 20] and not server.requests
+        gathered(tmp_path, config, "sw,en,ru")
+        assert 6 <= len(server.requests) <= 8
+        assert calls() == [0, 0, 20 - len(server.requests)]
 
 
 def test_english_kept_as_the_translation_into_a_latin_language_is_dropped(tmp_path):

@@ -2,6 +2,8 @@
 
     python -m jdmdr.llm.instructions --config configs/llm_tune.py --workdir runs/llm --config.tune.instructions=FILE
 
+    ... --dry_run       calls, tokens, cost and time of the translation before anything is sent
+
 Writes `instructions/`: `selected.jsonl`, one file a language, and `failed.jsonl`, the translations that are of no use.
 `python -m jdmdr.llm.tune` does this first; alone it needs nothing but jdmdr.
 """
@@ -20,6 +22,7 @@ from ml_collections import ConfigDict
 from jdmdr import llm, progress, reading, workdir
 from jdmdr.datasets import scripts
 from jdmdr.hashing import stable_hash
+from jdmdr.llm import counting, estimate
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
@@ -163,11 +166,8 @@ def gather(
 
     A row that `finish` refuses is written down with the reason, and the next one takes its place.
     """
-    shares = {lang: samples // len(langs) + (i < samples % len(langs)) for i, lang in enumerate(langs)}
-    waiting = {
-        lang: iter(sorted(pools.get(lang, ()), key=lambda row: stable_hash(seed, "tune", lang, row["id"])))
-        for lang in langs
-    }
+    shares = shares_of(langs, samples)
+    waiting = {lang: iter(in_order(pools.get(lang, ()), lang, seed)) for lang in langs}
     taken: dict[str, list[Row]] = {lang: [] for lang in langs}
     failed: list[Row] = []
     while True:
@@ -196,6 +196,46 @@ def gather(
     return {"instructions": counts, "failed": {lang: sum(row["lang"] == lang for row in failed) for lang in langs}}
 
 
+def shares_of(langs: Sequence[str], samples: int) -> dict[str, int]:
+    return {lang: samples // len(langs) + (i < samples % len(langs)) for i, lang in enumerate(langs)}
+
+
+def in_order(rows: Sequence[Row], lang: str, seed: int) -> list[Row]:
+    return sorted(rows, key=lambda row: stable_hash(seed, "tune", lang, row["id"]))
+
+
+def plan(config: ConfigDict, directory: pathlib.Path) -> str:
+    """What translating would send, as a table: the rows that each language draws first, or in the end all of them."""
+    c = config.tune
+    stage(config, directory)  # refuses what cannot start
+    if c.translations or not config.llm.base_url:
+        raise UserError("tune.translations is set, or llm.base_url is not, so that no call would be sent")
+    rows = selected(read(pathlib.Path(c.instructions)), c.pattern)
+    langs = languages(c.langs)
+    shares = shares_of(langs, c.samples)
+    asked = {
+        lang: [request(lang, row) for row in in_order(rows, lang, config.seed)] for lang in langs if lang != SOURCE_LANG
+    }
+    first = [one for lang, of in asked.items() for one in of[: shares[lang]]]
+    most = max((one.params["max_tokens"] for of in asked.values() for one in of), default=0)
+    with llm.open_client(config.llm, directory) as client:
+        least = counting.ask(counting.missing(client, first), most)
+        upper = counting.ask(counting.missing(client, [one for of in asked.values() for one in of]), most)
+        found = llm.Plan(least, {"every translation is of use": least}, upper)
+        return estimate.table(found, config.llm, client.log.totals)
+
+
+def request(lang: str, row: Row) -> llm.Request:
+    """The call that translates a row."""
+    example = json.dumps({key: row[key] for key in FIELDS}, ensure_ascii=False, indent=1)
+    system = TRANSLATE.format(language=langcodes.Language.get(lang).display_name())
+    return llm.Request(
+        purpose="translation", about=f"{lang} {row['id']}", version=VERSION, schema=SCHEMA,
+        messages=[{"role": "system", "content": system}, {"role": "user", "content": example}],
+        params={"temperature": 0.0, "max_tokens": ROOM + len(example)},
+    )  # fmt: skip
+
+
 def checked(todo: list[tuple[str, Row]]) -> list[Row | str]:
     """Translations that lie in a file."""
     originals = [{key: row.get(f"original_{key}", "") for key in FIELDS} for _, row in todo]
@@ -212,14 +252,7 @@ def by_model(client: llm.Client) -> Finish:
         lang, row = item
         if lang == SOURCE_LANG:
             return row
-        example = json.dumps({key: row[key] for key in FIELDS}, ensure_ascii=False, indent=1)
-        system = TRANSLATE.format(language=langcodes.Language.get(lang).display_name())
-        request = llm.Request(
-            purpose="translation", about=f"{lang} {row['id']}", version=VERSION, schema=SCHEMA,
-            messages=[{"role": "system", "content": system}, {"role": "user", "content": example}],
-            params={"temperature": 0.0, "max_tokens": ROOM + len(example)},
-        )  # fmt: skip
-        reply = await client.complete(request)
+        reply = await client.complete(request(lang, row))
         if reply.finish != "stop":
             return f"the reply ended by {reply.finish}"
         found = llm.json_object(reply.text) or {}

@@ -4,7 +4,8 @@
         --config.tune.instructions=FILE --config.llm.base_url=http://localhost:8000/v1 --config.llm.model=NAME
 
 Needs google-tunix and qwix: `make llm-env`, then `.venv-llm/bin/python -m jdmdr.llm.tune`. Writes `instructions/`,
-`adapter/` (the format of Hugging Face's peft) and `merged/`, the tuned model as a Hugging Face directory.
+`adapter/` (the format of Hugging Face's peft) and `merged/`, the tuned model as a Hugging Face directory. With --dry_run it
+only tells what translating the instructions would cost.
 
 Source: Huang et al., "Boosting Data Utilization for Multilingual Dense Retrieval" (EMNLP 2025), section 3.4.
 """
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from absl import flags
 from ml_collections import ConfigDict
 
 from jdmdr import cli, peft, pipeline, progress, workdir
@@ -38,15 +40,22 @@ READ_BY_BYTES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat
 
 
 def command(target: str, doc: str) -> None:
-    """The main function: brings the stage `target` and what it needs up to date."""
+    """The main function: brings the stage `target` and what it needs up to date.
 
-    def bring(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
+    With --dry_run the translation's plan is printed instead.
+    """
+    flags.DEFINE_boolean("dry_run", False, "Tell calls, tokens, cost and time of the translation, and send nothing.")
+
+    def bring(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
         check_config(config)
+        if values.dry_run:
+            print(instructions.plan(config, directory))
+            return
         if target == MERGED:
             check_libraries()
         all_stages = {stage.name: stage for stage in stages(config, directory, target)}
         for name in pipeline.needed(all_stages, target):
-            workdir.bring_up_to_date(all_stages[name], directory, flags.redo, progress.say)
+            workdir.bring_up_to_date(all_stages[name], directory, values.redo, progress.say)
         print(directory / target)
 
     cli.run(bring, doc)
