@@ -81,6 +81,7 @@ def recipe(arguments: argparse.Namespace, data: pathlib.Path, url: str) -> Confi
     with config.unlocked(), config.ignore_type():
         config.data.root, config.data.langs = str(data), ""
         config.judge.depth, config.judge.calibrate = config.mine.depth, 0
+        config.judge.sampling = ((0.4, 0.7),)  # an oracle says the same every time
         config.expand.rounds = 0
         config.mine.negatives, config.train.epochs = arguments.negatives, arguments.epochs
         config.llm.cache = str(arguments.out / "llm")  # of all rows and seeds
