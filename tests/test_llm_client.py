@@ -137,7 +137,10 @@ CHILD = """
 """
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent",
+    [signal.SIGKILL, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_no_answered_call_is_sent_again_after_a_kill(tmp_path, sent):
     requests = [question(f"q{i}") for i in range(60)]
     slow = lambda request, number: Reply(body=completion(request, request.messages[0]["content"]), delay=0.03)
