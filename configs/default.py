@@ -35,14 +35,17 @@ def get_config():
     c.tokenizer = ConfigDict()
     c.tokenizer.name = ""  # Hugging Face name or directory; empty: the encoder's own, or one trained on the corpus
     c.tokenizer.vocab_size = 16_000  # pieces of a tokenizer trained on the corpus
+    c.tokenizer.as_in = ""  # 2.3.0 | 2.8.0: RoBERTa's as in that transformers, for ANCE | STAR, ADORE (docs/models.md)
 
     c.encoder = ConfigDict()
     c.encoder.name = ""  # Hugging Face name or directory; empty: the from-scratch encoder (token vectors, no layers)
+    c.encoder.passage_name = ""  # of another checkpoint of the same shape, for the passages' tower
     c.encoder.width = 512  # embedding width of the from-scratch encoder
     c.encoder.pooling = ""  # cls | mean | last; empty: what the checkpoint says
     c.encoder.normalize = True  # L2-normalise embeddings: cosine similarity instead of dot product
     c.encoder.projection = 0  # width of a linear head behind the pooling; 0: none, or the checkpoint's own
     c.encoder.projection_bias = False  # for a new head
+    c.encoder.projection_norm = False  # for a new head: a LayerNorm behind it
     c.encoder.towers = (
         ""  # tied | untied: one set of parameters, or one a side; empty: tied unless the checkpoint's are not
     )
@@ -205,6 +208,8 @@ def training():
     t.epochs = 4.0  # passes over the training queries
     t.steps = placeholder(int)  # optimiser updates; None: as many as the epochs take
     t.batch_size = 24  # queries in the global batch, over all devices
+    t.query_length = placeholder(int)  # tokens that training reads of a query; None: encoder.query_length
+    t.passage_length = placeholder(int)  # and of a passage; None: encoder.passage_length
     t.passages_per_query = 8  # 1 positive and the rest hard negatives; 0 for adore, which finds its passages itself
     t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)
     t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
@@ -262,7 +267,8 @@ def smoke(config, arg, others=()):
     if arg:
         with config.unlocked():
             config.data.root, config.data.langs = TINYPEDIA, "en,sw"
-            config.tokenizer.name, config.tokenizer.vocab_size = "", 2000
+            config.tokenizer = get_config().tokenizer
+            config.tokenizer.vocab_size = 2000
             towers, config.encoder = config.encoder.towers, get_config().encoder
             config.encoder.towers = towers
             config.encoder.width, config.encoder.query_length, config.encoder.passage_length = 64, 32, 96
@@ -272,6 +278,7 @@ def smoke(config, arg, others=()):
                 section.objective.top_k = 10
                 if section.objective.metric_cut:
                     section.objective.metric_cut = 10
+                section.query_length = section.passage_length = None
             config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 5, 2
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
     return config

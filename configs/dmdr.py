@@ -4,9 +4,9 @@
     python -m jdmdr.pipeline --config configs/dmdr.py:mdpr ...      also searches dev, evaluates and exports
 
 Behind the colon stands the backbone: mbert, mdpr, me5-small, me5-base, me5-large, bge-m3 (default), labse, mcontriever,
-minilm or multilingual-minilm (jdmdr/presets.py), or smoke. Its weights from a directory: --config.encoder.name=DIR. Any
-other checkpoint: the same, with its pooling, prompts and temperature. An ensemble as in the paper:
---config.mine.retrievers=bge-m3,me5-large --config.mine.fusion=concat. MIRACL is a directory in the layout of
+minilm, multilingual-minilm, ance-firstp, star or adore (jdmdr/presets.py), or smoke. Its weights from a directory:
+--config.encoder.name=DIR. Any other checkpoint: the same, with its pooling, prompts and temperature. An ensemble as in the
+paper: --config.mine.retrievers=bge-m3,me5-large --config.mine.fusion=concat. MIRACL is a directory in the layout of
 docs/data.md, its published file names included; --config.data.langs=sw,bn,te takes some languages only.
 
 Hardware and time: not measured yet; the original used 2 H100 or A100 (80 GB) for 24k to 30k steps of 24 queries.
@@ -25,6 +25,7 @@ def get_config(arg="bge-m3"):
     chosen = PRESETS[backbone]
     with c.unlocked():
         c.encoder.update(chosen.encoder())
+        c.tokenizer.update(chosen.words())
         c.train.objective.temperature = chosen.temperature
         c.train.learning_rate = chosen.learning_rate
         c.train.epochs = float(chosen.epochs)

@@ -25,6 +25,7 @@ from jdmdr.objectives.contrastive import MODES
 from jdmdr.objectives.pairwise import NEGATIVES
 from jdmdr.optim import OPTIMISERS
 from jdmdr.planner import POLICIES
+from jdmdr.tokenizer import AS_IN
 from jdmdr.topic_table import MAPPINGS
 from jdmdr.topics import METHODS as METHODS_OF_TOPICS
 from jdmdr.topics import RULES
@@ -37,6 +38,7 @@ CHOICES = {
     "mine.fusion": (*METHODS, CONCAT),
     "mine.index": SEARCHERS,
     "mine.pool": ("corpus", "positives"),
+    "tokenizer.as_in": ("", *AS_IN),
     "topics.mapping": MAPPINGS,
     "topics.method": METHODS_OF_TOPICS,
     "topics.rule": RULES,
@@ -120,6 +122,7 @@ def check_config(config: ConfigDict) -> None:
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
     _check_regex("tune.pattern", config.tune.pattern)
+    _check_encoder(config)
     parse_fields(config.data.fields)
     for measure in parse_measures(config.evaluate.measures):
         cut = parse_measure(measure)[-1]
@@ -199,6 +202,30 @@ def _check_expand(expand: ConfigDict) -> None:
         )
     if not 0 < expand.top_p <= 1:
         raise UserError(f"expand.top_p is {expand.top_p!r}; it is a share above 0, at most 1")
+
+
+def _check_encoder(config: ConfigDict) -> None:
+    """Keys of encoder and tokenizer that need one another; a training run reads no more of a text than is stored."""
+    if config.tokenizer.as_in and not (config.tokenizer.name or config.encoder.name):
+        raise UserError(
+            "tokenizer.as_in is for RoBERTa's tokenizer, and none is named; set tokenizer.name, or leave it empty"
+        )
+    if config.encoder.passage_name and not config.encoder.name:
+        raise UserError(
+            "encoder.passage_name is for a second checkpoint beside encoder.name, which is empty; name both"
+        )
+    if config.encoder.projection_norm and not config.encoder.projection:
+        raise UserError("encoder.projection_norm is for a new head; give its width in encoder.projection")
+    if config.encoder.projection_norm and config.encode.dimensions:
+        raise UserError(
+            f"encode.dimensions is {config.encode.dimensions}, but the vectors behind encoder.projection_norm cannot be cut; "
+            "set it to 0"
+        )
+    for section in ("warmup", "train"):
+        for key in ("query_length", "passage_length"):
+            length, stored = config[section][key], config.encoder[key]
+            if length is not None and not 1 <= length <= stored:
+                raise UserError(f"{section}.{key} is {length}; it is from 1 to {stored}, which is encoder.{key}")
 
 
 def _check_objective(name: str, config: ConfigDict) -> None:

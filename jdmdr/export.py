@@ -3,7 +3,8 @@
     python -m jdmdr.export --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 
 A transformer is a Hugging Face checkpoint with Pooling and Normalize modules; a static encoder is a StaticEmbedding
-with its token weights folded into the rows. A linear head is a Dense module; untied towers are the routes of a Router.
+with its token weights folded into the rows. A linear head is a Dense module, with LayerNorm behind it where it has one;
+untied towers are the routes of a Router.
 """
 
 from __future__ import annotations
@@ -131,6 +132,9 @@ def _write_tower(config: encoders.EncoderConfig, params: Any, max_length: int, p
     if config.projection:
         _write_head(config, params["projection"], _new(place(len(names), "Dense")))
         names = [*names, "Dense"]
+    if config.projection_norm:
+        _write_norm(config, params["projection"]["norm"], _new(place(len(names), "LayerNorm")))
+        names = [*names, "LayerNorm"]
     return names
 
 
@@ -190,6 +194,12 @@ def _write_head(config: encoders.EncoderConfig, head: Any, directory: pathlib.Pa
             "activation_function": f"torch.nn.modules.{module}.{activation}",
         },
     )
+
+
+def _write_norm(config: encoders.EncoderConfig, norm: Any, directory: pathlib.Path) -> None:
+    tensors = {"norm.weight": np.asarray(norm["scale"]), "norm.bias": np.asarray(norm["bias"])}
+    huggingface.save_tensors(tensors, directory / WEIGHTS)
+    _write_json(directory / "config.json", {"dimension": config.projection})
 
 
 def _new(directory: pathlib.Path) -> pathlib.Path:
@@ -253,6 +263,12 @@ def _encode_static(directory: pathlib.Path, ids: Sequence[Sequence[int]], side: 
         out_QxE = out_QxE @ head["linear.weight"].T + head.get("linear.bias", 0.0)
         _, activation = pretrained.read_head(modules["Dense"], rows_VxD.shape[1])
         out_QxE = np.tanh(out_QxE) if activation == "tanh" else out_QxE
+    if "LayerNorm" in modules:
+        norm = safetensors.numpy.load_file(modules["LayerNorm"] / WEIGHTS)
+        centred_QxE = out_QxE - out_QxE.mean(axis=1, keepdims=True)
+        out_QxE = (
+            centred_QxE / np.sqrt(out_QxE.var(axis=1, keepdims=True) + 1e-5) * norm["norm.weight"] + norm["norm.bias"]
+        )
     if "Normalize" not in modules:
         return out_QxE
     return out_QxE / np.maximum(np.linalg.norm(out_QxE, axis=1, keepdims=True), 1e-12)

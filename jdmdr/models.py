@@ -44,7 +44,8 @@ def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tup
                 f"{config.projection}; leave it 0"
             )
         rng = jax.random.fold_in(jax.random.key(seed), 1)
-        config, params = encoders.add_head(rng, config, params, section.projection, section.projection_bias)
+        head = section.projection, section.projection_bias, section.projection_norm
+        config, params = encoders.add_head(rng, config, params, *head)
     if section.towers == "untied" and not config.untied:
         config, params = dataclasses.replace(config, towers="untied"), encoders.untie(params)
     if section.towers == "tied" and config.untied:
@@ -56,6 +57,16 @@ def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, 
     config, params = encoders.load_pretrained(
         section.name, pooling=section.pooling or None, normalize=section.normalize
     )
+    if section.passage_name:
+        other, passage_params = encoders.load_pretrained(
+            section.passage_name, pooling=section.pooling or None, normalize=section.normalize
+        )
+        if other != config or config.untied:
+            raise UserError(
+                f"encoder.passage_name: {section.passage_name} and {section.name} are not two encoders of one shape with one "
+                "tower each; leave it empty"
+            )
+        config, params = dataclasses.replace(config, towers="untied"), {"query": params, "passage": passage_params}
     longest = max(section.query_length, section.passage_length)
     if config.kind == "transformer" and longest > config.usable_positions:
         raise UserError(

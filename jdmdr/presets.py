@@ -26,11 +26,22 @@ class Preset(NamedTuple):
     epochs: int = 20
     query_length: int = 64
     passage_length: int = 256
+    tokenizer: str = ""  # on the hub; "": the checkpoint's own
+    as_in: str = ""
+    passage_name: str = ""  # of the passages' encoder, where it is another
+    published: str = ""  # where the weights are, if not on the hub
 
     def encoder(self) -> dict[str, object]:
         """The `encoder` keys of configs/default.py that it decides."""
-        keys = ("name", "pooling", "normalize", "query_prompt", "passage_prompt", "query_length", "passage_length")
+        keys = (
+            "name", "passage_name", "pooling", "normalize", "query_prompt", "passage_prompt", "query_length",
+            "passage_length",
+        )  # fmt: skip
         return {key: getattr(self, key) for key in keys}
+
+    def words(self) -> dict[str, object]:
+        """The `tokenizer` keys that it decides."""
+        return {"name": self.tokenizer, "as_in": self.as_in}
 
 
 E5 = {
@@ -39,6 +50,16 @@ E5 = {
     "query_prompt": "query: ",
     "passage_prompt": "passage: ",
     "temperature": 0.01,
+}
+
+# Head and tokenizers: docs/models.md
+DRHARD = {
+    "pooling": "cls",
+    "normalize": False,
+    "temperature": 1.0,
+    "tokenizer": "roberta-base",
+    "as_in": "2.8.0",
+    "published": "https://github.com/jingtaozhan/DRhard",
 }
 
 PRESETS = {
@@ -65,7 +86,16 @@ PRESETS = {
         learning_rate=1e-5,
         passage_length=128,
     ),
-}
+    # Xiong et al. (ICLR 2021), "Approximate Nearest Neighbor Negative Contrastive Learning": English passages
+    "ance-firstp": Preset(
+        "castorini/ance-msmarco-passage", "cls", False, temperature=1.0, passage_length=512, tokenizer="roberta-base",
+        as_in="2.3.0",
+    ),
+    # Zhan et al. (SIGIR 2021), "Optimizing Dense Retrieval Model Training with Hard Negatives": English passages; ADORE's
+    # queries are searched among STAR's passages
+    "star": Preset("DRhard-star", **DRHARD, query_length=32),
+    "adore": Preset("DRhard-adore-star", **DRHARD, passage_name="DRhard-star"),
+}  # fmt: skip
 
 
 def preset(name: str) -> Preset:

@@ -159,7 +159,8 @@ class Recipe(Workspace):
         name = c.tokenizer.name or c.encoder.name
         if name:
             # The checkpoint's weights come along: that it cannot be fetched is told before any work.
-            tokenizer.copy_pretrained(c.tokenizer.name or str(pretrained.find_checkpoint(name)), out_dir)
+            place = c.tokenizer.name or str(pretrained.find_checkpoint(name))
+            tokenizer.copy_pretrained(place, out_dir, c.tokenizer.as_in)
         else:
             texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
             tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
@@ -189,7 +190,7 @@ class Recipe(Workspace):
     ):  # fmt: skip
         c = self.config
         encoder = encoders.build(encoder_config)
-        lengths = c.encoder.query_length, c.encoder.passage_length
+        lengths = section.query_length or c.encoder.query_length, section.passage_length or c.encoder.passage_length
         section = _with_steps(section, len(found[0].training_set.lang_n))
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
@@ -292,7 +293,7 @@ class Recipe(Workspace):
     def tokenize_for(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
         section = retrievers.encoder_section(spec, self.config.encoder)
         home = out_dir / "tokenizer"
-        tokenizer.copy_pretrained(section.name, home)
+        tokenizer.copy_pretrained(*retrievers.words(spec, section), home)
         self._tokenize(
             lambda side: Tokenizer(home, section[f"{side}_length"], section[f"{side}_prompt"]), self._mined_langs(), [TRAIN],
             out_dir,

@@ -179,7 +179,8 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
                 ["encoder", encoder_config.kind + (f", from {pathlib.Path(c.encoder.name).name}" if c.encoder.name else ", from scratch")],
                 ["towers", "one for queries, one for passages" if encoder_config.untied else "one for both sides"],
                 ["embedding width", encoder_config.embedding_width],
-                ["pooling", encoder_config.pooling + (f", then a linear head from {encoder_config.width}" if encoder_config.projection else "")],
+                ["pooling", encoder_config.pooling + (f", then a linear head from {encoder_config.width}" if encoder_config.projection else "")
+                 + (" and a LayerNorm" if encoder_config.projection_norm else "")],
                 ["similarity", "cosine" if encoder_config.normalize else "dot product"],
                 ["query prompt", repr(c.encoder.query_prompt)],
                 ["passage prompt", repr(c.encoder.passage_prompt)],

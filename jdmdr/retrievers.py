@@ -123,7 +123,7 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
     own = section.copy_and_resolve_references()
     directory = pretrained.find_checkpoint(spec.source)
     with own.unlocked(), own.ignore_type():
-        own.projection, own.towers, own.remat = 0, "", False
+        own.projection, own.projection_norm, own.towers, own.remat, own.passage_name = 0, False, "", False, ""
         if spec.preset:
             own.update(PRESETS[spec.preset].encoder())
             own.name = str(directory)
@@ -137,6 +137,14 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
             longest = min(longest, huggingface.read_config(directory / "config.json", "mean", False).usable_positions)
         own.query_length, own.passage_length = (min(own[f"{side}_length"], longest) for side in ("query", "passage"))
     return own
+
+
+def words(spec: Spec, section: ConfigDict) -> tuple[str, str]:
+    """What `tokenizer.copy_pretrained` takes for this retriever, whose `encoder` keys are `section`."""
+    if not spec.preset:
+        return section.name, ""
+    own = PRESETS[spec.preset].words()
+    return own["name"] or section.name, own["as_in"]
 
 
 def _json(path: pathlib.Path) -> dict[str, Any]:

@@ -3,7 +3,8 @@
     python -m jdmdr.tokenizer --config configs/dmdr.py --workdir runs/dmdr --config.data.root=DIR
 
 A store holds one ragged array per language and side (`{lang}.ids.bin`, `{lang}.offsets.npy`), memory-mapped, so that
-every text is tokenised once whatever is trained on it.
+every text is tokenised once whatever is trained on it; `{lang}.end.npy` is the token that the tokenizer puts behind every
+text, -1 where there is none.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from jdmdr.types import Tokens, UserError
-from jdmdr.workdir import atomic, write_json
+from jdmdr.workdir import atomic, read_json, write_json
 
 if TYPE_CHECKING:
     import transformers
@@ -29,6 +30,10 @@ PAD, UNKNOWN = "<pad>", "<unk>"
 # No token of a real vocabulary is longer than this on average; what lies beyond would be truncated anyway.
 CHARACTERS_PER_TOKEN = 64
 BATCH = 1024
+NO_END = -1
+# Whether RoBERTa's tokenizer of that version of transformers, with do_lower_case=True, put a space before a text's first
+# word. Both lower-cased and dropped blanks at the end (2.3.0: and at the start), which today's do not.
+AS_IN = {"2.3.0": False, "2.8.0": True}
 
 
 def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) -> None:
@@ -97,9 +102,15 @@ def _quiet_stderr():
             os.close(saved)
 
 
-def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path) -> None:
-    """Writes the tokenizer of a Hugging Face checkpoint (hub name or directory) to `out_dir`, with its fast backend."""
+def copy_pretrained(name_or_dir: str, out_dir: pathlib.Path, as_in: str = "") -> None:
+    """Writes the tokenizer of a Hugging Face checkpoint (hub name or directory) to `out_dir`, with its fast backend.
+
+    `as_in` is a version of transformers whose RoBERTa tokenizer made other tokens than today's (`AS_IN`). What it did is
+    written into tokenizer.json, from where it goes into token stores and exports.
+    """
     load_pretrained(name_or_dir).save_pretrained(out_dir)
+    if as_in:
+        _change(out_dir, AS_IN[as_in])
 
 
 def load_pretrained(name_or_dir: str) -> transformers.PreTrainedTokenizerBase:
@@ -129,6 +140,22 @@ def load_pretrained(name_or_dir: str) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
+def _change(directory: pathlib.Path, prefix_space: bool) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    if not isinstance(backend.pre_tokenizer, pre_tokenizers.ByteLevel):
+        raise UserError(
+            "tokenizer.as_in is for RoBERTa's byte-level tokenizer, and this is another kind; leave it empty"
+        )
+    strip = normalizers.Strip(left=not prefix_space, right=True)
+    backend.normalizer = normalizers.Sequence([strip, normalizers.Lowercase()])
+    backend.pre_tokenizer.add_prefix_space = prefix_space
+    backend.save(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer_config.json"
+    # RoBERTa's own class would build the tokenizer anew and lose the changes; this one takes the file as it is.
+    changed = {"tokenizer_class": "PreTrainedTokenizerFast", "add_prefix_space": prefix_space}
+    write_json(path, {**read_json(path), **changed})
+
+
 class Tokenizer:
     """A tokenizer directory, ready to turn texts of one side into ids of at most `max_length` (special tokens included)."""
 
@@ -145,6 +172,8 @@ class Tokenizer:
         self._prompt, self._limit = prompt, max_length * CHARACTERS_PER_TOKEN
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.special_tokens = self._backend.num_special_tokens_to_add(is_pair=False)
+        word = self._backend.encode("a")
+        self.end = word.ids[-1] if word.ids and word.special_tokens_mask[-1] else NO_END
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text with the prompt before it."""
@@ -164,8 +193,9 @@ def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.
             ends = total + np.cumsum([len(ids) for ids in encoded], dtype=np.int64)
             offsets.append(ends)
             total = int(ends[-1])
-    with atomic(directory / f"{lang}.offsets.npy") as path, open(path, "wb") as handle:
-        np.save(handle, np.concatenate(offsets))
+    for name, array in (("end", np.int64(tokenizer.end)), ("offsets", np.concatenate(offsets))):
+        with atomic(directory / f"{lang}.{name}.npy") as path, open(path, "wb") as handle:
+            np.save(handle, array)
 
 
 def blocks(texts: Iterable[str]) -> Iterator[list[str]]:
@@ -192,6 +222,7 @@ class TokenStore:
         width = np.uint16 if vocab_size < 1 << 16 else np.uint32
         self._offsets = [np.load(directory / f"{lang}.offsets.npy", mmap_mode="r") for lang in langs]
         self._ids = [_memmap(directory / f"{lang}.ids.bin", width) for lang in langs]
+        self._ends = [int(np.load(directory / f"{lang}.end.npy")) for lang in langs]
         self.bases = np.concatenate([[0], np.cumsum([len(o) - 1 for o in self._offsets])]).astype(np.int64)
 
     def __len__(self) -> int:
@@ -208,7 +239,10 @@ class TokenStore:
         return out
 
     def gather(self, rows: np.ndarray, width: int) -> Tokens:
-        """Global `rows` padded with id 0, or cut, to `width` tokens."""
+        """Global `rows` padded with id 0, or cut, to `width` tokens.
+
+        What is cut keeps the token behind every text, so that it is what the tokenizer would have cut to `width`.
+        """
         part, local = self._locate(rows)
         ids = np.zeros((len(rows), width), np.int32)
         mask = np.zeros((len(rows), width), np.int32)
@@ -217,6 +251,8 @@ class TokenStore:
             length = min(int(stop - start), width)
             ids[i, :length] = self._ids[lang][start : start + length]
             mask[i, :length] = 1
+            if stop - start > width and self._ends[lang] != NO_END:
+                ids[i, -1] = self._ends[lang]
         return Tokens(ids, mask)
 
     def document_frequency(self, vocab_size: int) -> np.ndarray:

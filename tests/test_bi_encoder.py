@@ -94,3 +94,28 @@ def test_truncated_encoder_gives_the_first_dimensions(config, towers, projection
 def test_truncation_to_more_than_there_is_is_refused():
     with pytest.raises(UserError, match="encode.dimensions is 17, but the embeddings have 16"):
         encoders.truncate(STATIC, start(STATIC), 17)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_layer_norm_stands_behind_the_head_and_trains(config, normalize):
+    plain = dataclasses.replace(config, normalize=normalize)
+    headed, params = encoders.add_head(jax.random.key(1), plain, start(plain), 6, bias=True, norm=True)
+    rng = np.random.default_rng(0)
+    head = jax.tree.map(lambda x: x + rng.normal(size=x.shape).astype(np.float32), params["projection"])
+    params = {**params, "projection": head}
+    pooled = embed(dataclasses.replace(config, normalize=False), start(plain))
+    mapped = pooled @ head["kernel"] + head["bias"]
+    centred = mapped - mapped.mean(axis=1, keepdims=True)
+    expected = (
+        centred / np.sqrt(mapped.var(axis=1, keepdims=True) + 1e-5) * head["norm"]["scale"] + head["norm"]["bias"]
+    )
+    np.testing.assert_allclose(embed(headed, params), unit(expected) if normalize else expected, atol=1e-5)
+    assert jax.tree.structure(encoders.build(headed).init(jax.random.key(0))) == jax.tree.structure(params)
+    gradient = jax.grad(lambda p: encoders.build(headed).apply(p, TOKENS).sum())(params)["projection"]
+    assert all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(gradient["norm"]))
+
+
+def test_vectors_out_of_a_layer_norm_are_not_truncated():
+    config, params = encoders.add_head(jax.random.key(1), STATIC, start(STATIC), 6, bias=True, norm=True)
+    with pytest.raises(UserError, match="encode.dimensions is 3, but .* LayerNorm"):
+        encoders.truncate(config, params, 3)

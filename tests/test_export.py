@@ -94,8 +94,10 @@ HEAD = {"projection": 6, "projection_bias": True, "projection_activation": "tanh
         ("transformer", {"towers": "untied", **HEAD}),
         ("static", HEAD),
         ("static", {"towers": "untied", "projection": 6, "normalize": False}),
+        ("transformer", {"projection": 6, "projection_bias": True, "projection_norm": True, "normalize": False}),
+        ("static", {"towers": "untied", "projection": 6, "projection_norm": True}),
     ],
-    ids=["transformer", "static-head", "static-towers"],
+    ids=["transformer", "static-head", "static-towers", "transformer-norm", "static-norm"],
 )
 def test_heads_and_towers_come_back_as_they_were_exported(static, unigram, kind, changes, tmp_path):
     loaded = encoders.load_pretrained(GOLDENS / "bert") if kind == "transformer" else static

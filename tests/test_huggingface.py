@@ -254,3 +254,78 @@ def test_a_router_without_a_route_for_passages_is_refused(checkpoint):
     (checkpoint / "router_config.json").write_text(json.dumps(router))
     with pytest.raises(UserError, match="router_config.json has no route document"):
         encoders.load_pretrained(checkpoint)
+
+
+# ----------------------------------------------------------------------------------- dual encoders of ANCE, STAR and ADORE
+
+
+@pytest.fixture
+def rdot(tmp_path):
+    """A checkpoint as ANCE's code saves one: RoBERTa with its pooler, an unused classifier, the head; and the head's
+    tensors."""
+    rng = np.random.default_rng(0)
+    backbone = safetensors.numpy.load_file(GOLDENS / "roberta" / "model.safetensors")
+    tensors = {name: tensor for name, tensor in backbone.items() if name.startswith("roberta.")}
+    head = {name: rng.normal(size=shape).astype(np.float32) for name, shape in (
+        ("embeddingHead.weight", (12, 32)), ("embeddingHead.bias", (12,)), ("norm.weight", (12,)), ("norm.bias", (12,)))}  # fmt: skip
+    for name in ("roberta.pooler.dense", "classifier.dense", "classifier.out_proj"):
+        tensors |= {f"{name}.weight": np.ones((32, 32), np.float32), f"{name}.bias": np.ones(32, np.float32)}
+    safetensors.numpy.save_file(tensors | head, tmp_path / "model.safetensors")
+    shutil.copy(GOLDENS / "roberta" / "config.json", tmp_path)
+    return tmp_path, head
+
+
+def rdot_embeddings(head, hidden_BxTxD):
+    mapped = hidden_BxTxD[:, 0] @ head["embeddingHead.weight"].T + head["embeddingHead.bias"]
+    centred = mapped - mapped.mean(axis=1, keepdims=True)
+    return centred / np.sqrt(mapped.var(axis=1, keepdims=True) + 1e-5) * head["norm.weight"] + head["norm.bias"]
+
+
+@pytest.mark.parametrize("form", ["today", "2.3.0", "2.8.0"])
+def test_published_dual_encoder_is_loaded_with_its_head(rdot, form):
+    directory, head = rdot
+    path = directory / "config.json"
+    values = json.loads(path.read_text())
+    if form == "2.3.0":  # no model_type, and 0 for RoBERTa's padding, whose positions are counted from 1 all the same
+        values = {k: v for k, v in values.items() if k != "model_type"} | {"pad_token_id": 0, "eos_token_ids": 0}
+    if form == "2.8.0":
+        values["pad_token_id"] = None
+    path.write_text(json.dumps(values))
+    config, params = encoders.load_pretrained(directory)
+    assert (config.family, config.first_position, config.pooling, config.normalize) == ("roberta", 2, "cls", False)
+    assert (config.embedding_width, config.projection_bias, config.projection_norm) == (12, True, True)
+    golden = np.load(GOLDENS / "roberta.npz")
+    found = encoders.build(config).apply(params, Tokens(golden["ids"], golden["mask"]))
+    np.testing.assert_allclose(found, rdot_embeddings(head, golden["hidden"]), atol=2e-5)
+    assert encoders.load_pretrained(directory, pooling="mean", normalize=True)[0].pooling == "mean"
+
+
+@pytest.mark.parametrize("change, sentence", [
+    ({"norm.bias": None}, "lacks norm.bias of its head"),
+    ({"norm.weight": np.ones(13, np.float32)}, "norm.weight in .* has shape .13,., but its config.json asks for .12,."),
+    ({"embeddingHead.weight": np.ones((12, 31), np.float32)}, "embeddingHead.weight .* .12, 31., but .* .12, 32."),
+])  # fmt: skip
+def test_an_incomplete_head_is_told_by_name(rdot, change, sentence):
+    directory, _ = rdot
+    rewrite(directory, lambda tensors: {k: v for k, v in {**tensors, **change}.items() if v is not None})
+    with pytest.raises(UserError, match=sentence):
+        encoders.load_pretrained(directory)
+
+
+def test_a_layer_norm_module_stands_behind_dense_alone(headed):
+    checkpoint, _ = headed
+    listed = json.loads((checkpoint / "modules.json").read_text())
+    norm = {"path": "3_LayerNorm", "type": "sentence_transformers.models.LayerNorm"}
+    (checkpoint / "modules.json").write_text(json.dumps([*listed[:3], norm]))
+    (checkpoint / "3_LayerNorm").mkdir()
+    for width, says in ((5, "does not hold norm.weight and norm.bias of width 6"), (6, "")):
+        tensors = {name: np.full(width, 2, np.float32) for name in ("norm.weight", "norm.bias")}
+        safetensors.numpy.save_file(tensors, checkpoint / "3_LayerNorm" / "model.safetensors")
+        if says:
+            with pytest.raises(UserError, match=says):
+                encoders.load_pretrained(checkpoint)
+    config, params = encoders.load_pretrained(checkpoint)
+    assert config.projection_norm and params["projection"]["norm"]["scale"].tolist() == [2] * 6
+    (checkpoint / "modules.json").write_text(json.dumps([*listed[:2], norm]))
+    with pytest.raises(UserError, match="LayerNorm without Dense"):
+        encoders.load_pretrained(checkpoint)

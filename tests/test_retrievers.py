@@ -10,7 +10,10 @@ from jdmdr import mine, pipeline, retrievers
 from jdmdr.index.fusion import concat_vectors
 from jdmdr.presets import PRESETS
 from jdmdr.retrievers import Spec, Vectors, parse
+from jdmdr.tokenizer import AS_IN
 from jdmdr.types import NO_HIT, UserError
+
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
 
 
 @pytest.fixture
@@ -78,10 +81,23 @@ def test_a_preset_brings_its_own_recipe_and_a_directory_its_modules_and_prompts(
 
 
 def test_presets_name_every_key_that_the_encoder_section_has():
-    keys = set(default.get_config().encoder)
+    config = default.get_config()
     for preset in PRESETS.values():
-        assert set(preset.encoder()) <= keys
+        assert set(preset.encoder()) <= set(config.encoder) and set(preset.words()) <= set(config.tokenizer)
+        assert preset.as_in in ("", *AS_IN)
         assert preset.temperature > 0 and preset.pooling in ("cls", "mean")
+
+
+def test_a_preset_brings_its_tokenizer_and_tells_where_it_is_published(tmp_path):
+    spec = parse(f"star={GOLDENS / 'roberta'}")[0]
+    section = retrievers.encoder_section(spec, default.get_config().encoder)
+    assert retrievers.words(spec, section) == ("roberta-base", "2.8.0") and section.name == str(GOLDENS / "roberta")
+    (other,) = parse(f"mine={GOLDENS / 'roberta'}")
+    assert retrievers.words(other, section) == (str(GOLDENS / "roberta"), "")
+    with pytest.raises(
+        UserError, match="'DRhard-star' is published at https://github.com/jingtaozhan/DRhard and not on"
+    ):
+        retrievers.encoder_section(parse("star")[0], default.get_config().encoder)
 
 
 # ------------------------------------------------------------------------------------------------------- made elsewhere

@@ -1,4 +1,6 @@
 import json
+import pathlib
+import runpy
 import subprocess
 import sys
 import time
@@ -10,6 +12,7 @@ from jdmdr import tokenizer
 from jdmdr.tokenizer import Tokenizer, TokenStore
 from jdmdr.types import UserError
 
+GOLDENS = pathlib.Path(__file__).parent / "goldens"
 TEXTS = [
     "The Nile is a river of Africa.",
     "Mto Nile ni mto wa Afrika.",
@@ -112,3 +115,52 @@ def test_corrupt_tokenizer_file_is_told_by_name(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match="tokenizer.json: not a readable tokenizer"):
         Tokenizer(tmp_path, 8)
+
+
+# ------------------------------------------------------------------------------------------- tokenizers of old libraries
+
+OLD = GOLDENS / "roberta-bpe"  # made by make.py there, with the libraries themselves
+TEXTS_OF_OLD, MAX_LENGTH_OF_OLD = (runpy.run_path(OLD / "make.py")[name] for name in ("TEXTS", "MAX_LENGTH"))
+
+
+@pytest.mark.parametrize("version", tokenizer.AS_IN)
+def test_roberta_gives_the_ids_that_the_named_transformers_gave(version, tmp_path):
+    import transformers
+
+    tokenizer.copy_pretrained(str(OLD), tmp_path, version)
+    expected = json.loads((OLD / "ids.json").read_text())[version]
+    found = [ids.tolist() for ids in Tokenizer(tmp_path, MAX_LENGTH_OF_OLD).encode(TEXTS_OF_OLD)]
+    fails = [text for text, ids in zip(TEXTS_OF_OLD, expected, strict=True) if ids is None]
+    assert fails == ([""] if version == "2.8.0" else [])  # which gets its two special tokens here
+    assert found == [[0, 2] if ids is None else ids for ids in expected]
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded(TEXTS_OF_OLD, truncation=True, max_length=MAX_LENGTH_OF_OLD)["input_ids"] == found
+    tokenizer.copy_pretrained(str(tmp_path), tmp_path / "again", version)
+    assert [ids.tolist() for ids in Tokenizer(tmp_path / "again", MAX_LENGTH_OF_OLD).encode(TEXTS_OF_OLD)] == found
+
+
+def test_todays_roberta_differs_from_both_and_they_from_each_other(tmp_path):
+    ids = {}
+    for version in ("", *tokenizer.AS_IN):
+        tokenizer.copy_pretrained(str(OLD), tmp_path / f"v{version}", version)
+        ids[version] = Tokenizer(tmp_path / f"v{version}", 16).encode(["Hello World"])[0].tolist()
+    assert len({tuple(of) for of in ids.values()}) == 3
+
+
+def test_another_kind_of_tokenizer_is_not_made_old(tmp_path):
+    with pytest.raises(UserError, match="tokenizer.as_in is for RoBERTa"):
+        tokenizer.copy_pretrained(str(GOLDENS / "bert"), tmp_path, "2.8.0")
+
+
+@pytest.mark.parametrize("version", ["2.8.0", None])
+def test_a_cut_at_load_time_is_the_tokenizers_own_cut(directory, tmp_path, version):
+    if version:  # a token behind every text
+        tokenizer.copy_pretrained(str(OLD), tmp_path / "words", version)
+    home = tmp_path / "words" if version else directory
+    texts = [*TEXTS_OF_OLD, *TEXTS]
+    tokenizer.write_tokens(Tokenizer(home, 16), texts, tmp_path, "en")
+    store = TokenStore(tmp_path, ["en"], Tokenizer(home, 16).vocab_size)
+    for width in (3, 7, 16):
+        block = store.gather(np.arange(len(texts)), width)
+        for row, ids in enumerate(Tokenizer(home, width).encode(texts)):
+            assert block.ids_BxT[row][block.mask_BxT[row] == 1].tolist() == ids.tolist()

@@ -151,9 +151,32 @@ def test_pickle_of_something_else_is_refused(tmp_path):
         read_state_dict(with_pickle(tmp_path, pickle.dumps([1, 2])))
 
 
-def test_legacy_format_says_how_to_convert():
-    with pytest.raises(UserError, match=r"legacy.bin is in torch's format from before version 1.6; .*torch.save"):
-        read_state_dict(SAVED / "legacy.bin")
+def test_format_of_before_torch_1_6_gives_the_same_tensors_mapped():
+    expected, found = read_state_dict(SAVED / "kinds.bin"), read_state_dict(SAVED / "legacy.bin")
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert tensor.dtype == expected[name].dtype and tensor.strides == expected[name].strides
+        np.testing.assert_array_equal(tensor, expected[name])
+    assert np.shares_memory(found["view"], found["table"]) and not found["table"].flags.writeable
+
+
+@pytest.mark.parametrize("kept", [20, 100, 1200, -1])
+def test_truncated_file_of_before_torch_1_6_is_refused_by_name(tmp_path, kept):
+    path = tmp_path / "short.bin"
+    path.write_bytes((SAVED / "legacy.bin").read_bytes()[:kept])
+    with pytest.raises(UserError, match="short.bin is no readable torch file"):
+        read_state_dict(path)
+
+
+def test_file_of_before_torch_1_6_runs_no_code_and_is_little_endian(tmp_path):
+    start = [0x1950A86A20F9469CFC6C, 1001, {"little_endian": True}]
+    for parts, says in (([*start, Calls(os.system, "false"), []], "asks to load posix.system"),
+                        ([*start[:2], {"little_endian": False}, {}, []], "big-endian"),
+                        ([*start, [1], []], "holds a list")):  # fmt: skip
+        path = tmp_path / "crafted.bin"
+        path.write_bytes(b"".join(pickle.dumps(part, protocol=2) for part in parts))
+        with pytest.raises(UserError, match=says):
+            read_state_dict(path)
 
 
 @pytest.mark.parametrize("kept", [0, 3, 1000, 60000, 96000])

@@ -9,12 +9,14 @@ import jax
 import jax.numpy as jnp
 
 from jdmdr.encoders.config import Encoder, EncoderConfig, Params
+from jdmdr.encoders.layers import layer_norm
 from jdmdr.encoders.pooling import unit_length
 from jdmdr.types import Tokens, UserError
 
 SIDES = ("query", "passage")
 HEAD = "projection"  # its key among a tower's parameters
 HEAD_ACTIVATIONS = {"identity": lambda x: x, "tanh": jnp.tanh}
+HEAD_EPS = 1e-5  # of its LayerNorm: torch's default, which RoBERTa's published heads have
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +24,9 @@ class BiEncoder:
     """`encoder` of `config.kind`, a linear head behind its pooling where `config.projection` is set, and unit length
     where `config.normalize` is.
 
-    Parameters: those of the encoder with `projection/kernel` DxE and perhaps `projection/bias` E beside them; untied,
-    such a tree under `query` and one under `passage`.
+    Parameters: those of the encoder with `projection/kernel` DxE and perhaps `projection/bias` E beside them, and with a
+    LayerNorm `projection/norm/scale` and `projection/norm/bias` E; untied, such a tree under `query` and one under
+    `passage`.
     """
 
     config: EncoderConfig
@@ -54,9 +57,10 @@ class BiEncoder:
 
 
 def project(head: Params, pooled_BxD: jax.Array, activation: str) -> jax.Array:
-    """The linear head, in float32."""
+    """The linear head and what stands behind it, in float32."""
     out_BxE = jnp.matmul(pooled_BxD, head["kernel"], precision=jax.lax.Precision.HIGHEST) + head.get("bias", 0.0)
-    return HEAD_ACTIVATIONS[activation](out_BxE)
+    out_BxE = HEAD_ACTIVATIONS[activation](out_BxE)
+    return layer_norm(out_BxE, head["norm"]["scale"], head["norm"]["bias"], HEAD_EPS) if "norm" in head else out_BxE
 
 
 def init_head(rng: jax.Array, config: EncoderConfig) -> Params:
@@ -64,14 +68,18 @@ def init_head(rng: jax.Array, config: EncoderConfig) -> Params:
     wide, narrow = config.width, config.projection
     scale = max(1.0, wide / narrow) ** 0.5
     head = {"kernel": jax.nn.initializers.orthogonal(scale)(rng, (wide, narrow), jnp.float32)}
-    return {**head, "bias": jnp.zeros(narrow, jnp.float32)} if config.projection_bias else head
+    if config.projection_bias:
+        head["bias"] = jnp.zeros(narrow, jnp.float32)
+    if config.projection_norm:
+        head["norm"] = {"scale": jnp.ones(narrow, jnp.float32), "bias": jnp.zeros(narrow, jnp.float32)}
+    return head
 
 
 def add_head(
-    rng: jax.Array, config: EncoderConfig, params: Params, width: int, bias: bool
+    rng: jax.Array, config: EncoderConfig, params: Params, width: int, bias: bool, norm: bool = False
 ) -> tuple[EncoderConfig, Params]:
     """The encoder with a new head of this width, the same in both towers."""
-    config = dataclasses.replace(config, projection=width, projection_bias=bias)
+    config = dataclasses.replace(config, projection=width, projection_bias=bias, projection_norm=norm)
     return config, _map_towers(config, params, lambda tower: {**tower, HEAD: init_head(rng, config)})
 
 
@@ -86,8 +94,13 @@ def truncate(config: EncoderConfig, params: Params, dimensions: int) -> tuple[En
     The head is cut; an encoder without one gets one that copies the first dimensions.
 
     Raises:
-      UserError: the embeddings have fewer.
+      UserError: the embeddings have fewer, or come out of a LayerNorm.
     """
+    if config.projection_norm:
+        raise UserError(
+            f"encode.dimensions is {dimensions}, but the encoder's head ends in a LayerNorm, whose vectors cannot be cut; set "
+            "it to 0"
+        )
     if dimensions > config.embedding_width:
         raise UserError(f"encode.dimensions is {dimensions}, but the embeddings have {config.embedding_width}")
 

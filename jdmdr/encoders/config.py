@@ -44,6 +44,7 @@ class EncoderConfig:
     projection: int = 0  # width of the linear head behind the pooling; 0: none
     projection_bias: bool = False
     projection_activation: str = "identity"
+    projection_norm: bool = False  # a LayerNorm behind it
     dtype: str = "float32"
     remat: bool = False  # recompute each layer in the backward pass
     family: str = "bert"

@@ -73,6 +73,13 @@ HEADS = {
 PREFIX = re.compile(r"^(bert|roberta)\.")
 # Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
 NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(position_ids|token_type_ids)$)")
+# The head of RoBERTa dual encoders as ANCE, STAR and ADORE publish them (`rdot_nll`): linear layer, then LayerNorm.
+DUAL_HEAD = {
+    "kernel": "embeddingHead.weight",
+    "bias": "embeddingHead.bias",
+    "norm/scale": "norm.weight",
+    "norm/bias": "norm.bias",
+}
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -122,10 +129,13 @@ def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderCon
       UserError: an architecture that jdmdr does not have, or a missing key.
     """
     found = read_json_file(path)
-    family = found.get("model_type")
+    family = found.get("model_type") or _family(path.parent)
     if family not in ARCHITECTURES:
         raise UserError(f"{path}: model_type is {family!r}; only {', '.join(ARCHITECTURES)} can be loaded")
     values = {**CONFIG_DEFAULTS, "pad_token_id": PAD_DEFAULTS[family], **found}
+    if "model_type" not in found or values["pad_token_id"] is None:
+        # transformers before 2.4 wrote 0 for every model, and counted RoBERTa's positions from 1 whatever it wrote
+        values["pad_token_id"] = PAD_DEFAULTS[family]
     for key, wanted in ONLY.items():
         if values.get(key, wanted) != wanted:
             raise UserError(f"{path}: {key} is {values[key]!r}; only {wanted!r} can be loaded")
@@ -139,6 +149,11 @@ def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderCon
         kind="transformer", family=family, activation=ACTIVATIONS[values["hidden_act"]], pooling=pooling,
         normalize=normalize, original=original, **{ours: values[key] for key, ours in CONFIG_KEYS.items()},
     )  # fmt: skip
+
+
+def _family(directory: pathlib.Path) -> str | None:
+    """The family that the tensors' prefix tells, for a config.json of before transformers 2.4, which has no model_type."""
+    return next((match[1] for name in read_tensors(directory) if (match := PREFIX.match(name))), None)
 
 
 def read_tensors(directory: pathlib.Path) -> dict[str, np.ndarray]:
@@ -187,13 +202,24 @@ def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
 WEIGHT_FILES = {"model.safetensors": _read_safetensors, "pytorch_model.bin": torch_file.read_state_dict}
 
 
-def read_params(directory: pathlib.Path, config: EncoderConfig) -> Params:
-    """The encoder's parameters, float32, from a checkpoint directory; strictly one tensor for every parameter.
+def read_params(directory: pathlib.Path, config: EncoderConfig) -> tuple[Params, Params]:
+    """The encoder's parameters, float32, from a checkpoint directory, strictly one tensor for every parameter; and those of
+    its `DUAL_HEAD`, none where it has no head.
 
     Raises:
       UserError: missing or unexpected tensors, or a wrong shape, by name.
     """
-    return _nest(_encoder_leaves(directory, config, _own_tensors(directory)))
+    tensors = _own_tensors(directory)
+    found = DUAL_HEAD.values() & tensors.keys()
+    if found and (missing := DUAL_HEAD.values() - found):
+        raise UserError(f"the checkpoint in {directory} lacks {_some(missing)} of its head")
+    head: dict[str, jax.Array] = {}
+    if found:
+        wide = len(tensors[DUAL_HEAD["bias"]])
+        shapes = {ours: (config.width, wide) if ours == "kernel" else (wide,) for ours in DUAL_HEAD}
+        names = [(ours, theirs, ours == "kernel") for ours, theirs in DUAL_HEAD.items()]
+        head = _leaves(directory, tensors, names, shapes)
+    return _nest(_encoder_leaves(directory, config, tensors)), _nest(head)
 
 
 def read_classifier(directory: pathlib.Path, config: EncoderConfig) -> Params:

@@ -13,6 +13,7 @@ from jdmdr.encoders import huggingface
 from jdmdr.encoders.bi_encoder import HEAD
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.encoders.static import inverse_softplus
+from jdmdr.presets import PRESETS
 from jdmdr.types import UserError
 
 # Pooling of a sentence-transformers Pooling module: the older releases write one flag a mode, the newer one name.
@@ -25,7 +26,7 @@ POOLING_FLAGS = {
     "pooling_mode_weightedmean_tokens": "weightedmean",
 }
 POOLING_NAMES = {"lasttoken": "last"}
-MODULES = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "Normalize")  # in this order, each once
+MODULES = ("Transformer", "StaticEmbedding", "Pooling", "Dense", "LayerNorm", "Normalize")  # in this order, each once
 ROUTES = {"query": "query", "passage": "document"}  # the name of a side's route in a Router module
 HEAD_ACTIVATIONS = {"Identity": "identity", "Tanh": "tanh"}  # of a Dense module, by torch's class name
 
@@ -35,12 +36,13 @@ Modules = dict[str, pathlib.Path]  # class name -> directory
 def load_pretrained(
     name_or_dir: str | pathlib.Path, *, pooling: str | None = None, normalize: bool | None = None
 ) -> tuple[EncoderConfig, Params]:
-    """Loads a BERT, RoBERTa or XLM-R checkpoint, or a sentence-transformers static embedding; with its linear head, and
-    untied where a Router module gives each side a route of its own.
+    """Loads a BERT, RoBERTa or XLM-R checkpoint, or a sentence-transformers static embedding; with its linear head and the
+    LayerNorm behind it, and untied where a Router module gives each side a route of its own.
 
     Args:
       name_or_dir: a local directory, or a name on the Hugging Face hub.
-      pooling, normalize: None takes what the directory's sentence-transformers modules say, else mean and no.
+      pooling, normalize: None takes what the directory's sentence-transformers modules say; else no normalisation, and
+        the mean, or cls with the head of ANCE, STAR and ADORE (`huggingface.DUAL_HEAD`).
 
     Returns:
       The configuration and the parameters, float32.
@@ -62,23 +64,40 @@ def load_pretrained(
 def _load_tower(
     directory: pathlib.Path, modules: Modules, pooling: str | None, normalize: bool | None
 ) -> tuple[EncoderConfig, Params]:
-    if pooling is None:
-        pooling = read_pooling(modules["Pooling"] / "config.json") if "Pooling" in modules else "mean"
+    if pooling is None and "Pooling" in modules:
+        pooling = read_pooling(modules["Pooling"] / "config.json")
     if normalize is None:
         normalize = "Normalize" in modules
     if "StaticEmbedding" in modules:
-        config, params = _load_static(modules["StaticEmbedding"], pooling, normalize)
+        config, params = _load_static(modules["StaticEmbedding"], pooling or "mean", normalize)
     else:
         weights = modules.get("Transformer", directory)
-        config = huggingface.read_config(weights / "config.json", pooling, normalize)
-        params = huggingface.read_params(weights, config)
+        config = huggingface.read_config(weights / "config.json", pooling or "mean", normalize)
+        params, head = huggingface.read_params(weights, config)
+        if head and modules:
+            raise UserError(
+                f"{directory} has modules and {huggingface.DUAL_HEAD['kernel']} too; fetch the checkpoint again"
+            )
+        if head:
+            config, params = _with_head(dataclasses.replace(config, pooling=pooling or "cls"), params, head)
+    if "LayerNorm" in modules and "Dense" not in modules:
+        raise UserError(f"{directory} has the module LayerNorm without Dense; such a head cannot be loaded")
     if "Dense" in modules:
         head, activation = read_head(modules["Dense"], config.width)
         config = dataclasses.replace(
             config, projection=head["kernel"].shape[1], projection_bias="bias" in head, projection_activation=activation
         )
         params = {**params, HEAD: {name: jnp.asarray(array) for name, array in head.items()}}
+    if "LayerNorm" in modules:
+        config = dataclasses.replace(config, projection_norm=True)
+        params[HEAD]["norm"] = read_norm(modules["LayerNorm"], config.projection)
     return config, params
+
+
+def _with_head(config: EncoderConfig, params: Params, head: Params) -> tuple[EncoderConfig, Params]:
+    """The encoder with the head that `huggingface.read_params` found."""
+    config = dataclasses.replace(config, projection=len(head["bias"]), projection_bias=True, projection_norm=True)
+    return config, {**params, HEAD: head}
 
 
 def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
@@ -101,6 +120,11 @@ def find_checkpoint(name_or_dir: str | pathlib.Path) -> pathlib.Path:
         return directory
     except (OSError, ValueError) as error:  # all that huggingface_hub raises is one of the two
         reason = str(error).strip().splitlines()[0].rstrip(". ")
+        if home := next((p.published for p in PRESETS.values() if p.published and p.name == str(name_or_dir)), ""):
+            raise UserError(
+                f"the checkpoint {str(name_or_dir)!r} is published at {home} and not on the Hugging Face hub; fetch it from "
+                "there into a directory of that name, or name its directory with encoder.name (PRESET=DIR in an ensemble)"
+            ) from error
         raise UserError(
             f"{str(name_or_dir)!r} is no directory here and cannot be fetched from the Hugging Face hub ({reason}); "
             "give a local directory that holds config.json, tokenizer.json and model.safetensors or pytorch_model.bin"
@@ -186,6 +210,21 @@ def read_head(directory: pathlib.Path, width: int) -> tuple[dict[str, np.ndarray
         )
     head = {"kernel": weight.T, **bias}
     return {name: np.array(array, np.float32) for name, array in head.items()}, HEAD_ACTIVATIONS[activation]
+
+
+def read_norm(directory: pathlib.Path, width: int) -> Params:
+    """The parameters `scale` and `bias` of a LayerNorm module behind a head of this width.
+
+    Raises:
+      UserError: weights of another name or shape.
+    """
+    tensors = huggingface.read_tensors(directory)
+    names = {"scale": "norm.weight", "bias": "norm.bias"}
+    if {name: tensor.shape for name, tensor in tensors.items()} != dict.fromkeys(names.values(), (width,)):
+        raise UserError(
+            f"{directory} does not hold norm.weight and norm.bias of width {width}; fetch the checkpoint again"
+        )
+    return {ours: jnp.array(tensors[theirs], jnp.float32) for ours, theirs in names.items()}
 
 
 def read_pooling(path: pathlib.Path) -> str:

@@ -2,6 +2,8 @@
 
 torch.save writes a zip archive whose members are stored, not compressed: `NAME/data.pkl` is the pickle of the state
 dict, in which each tensor is a view (offset, shape, strides) of a storage, and `NAME/data/KEY` the bytes of a storage.
+Before version 1.6 it wrote one pickle after another, of a magic number, the format's version, the machine, the state dict
+and the storages' keys, and then for each key its number of elements (8 bytes) and its bytes.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ import pathlib
 import pickle
 import struct
 import zipfile
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -31,14 +33,33 @@ STORAGES = {
     "LongStorage": np.dtype("<i8"),
     "ShortStorage": np.dtype("<i2"),
 }
+BIG_ENDIAN = "was saved on a big-endian machine; save it again on a little-endian one"
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the magic number of the format before torch 1.6
 
 
 class Storage(NamedTuple):
-    """What tensors are views of: the bytes, mapped from the file, and the type of their elements."""
+    """What tensors are views of, by its key, and the type of its elements."""
 
-    raw: np.ndarray
+    key: str
     dtype: np.dtype
+
+
+class View(NamedTuple):
+    """A tensor as the pickle tells it; offset and strides count elements."""
+
+    storage: Storage
+    offset: int
+    shape: tuple
+    strides: tuple
+
+    def array(self, raw: dict[str, np.ndarray]) -> np.ndarray:
+        """The tensor over the bytes of the storages."""
+        key, dtype = self.storage
+        if key not in raw:
+            raise pickle.UnpicklingError(f"its pickle names a storage {key} that it lacks")
+        strides = [stride * dtype.itemsize for stride in self.strides]
+        # np.ndarray refuses a view that leaves its buffer.
+        return np.ndarray(self.shape, dtype, raw[key], self.offset * dtype.itemsize, strides)
 
 
 def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
@@ -49,21 +70,16 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
       share it. bfloat16 is that of ml_dtypes.
 
     Raises:
-      UserError: a file that is damaged, in the format before torch 1.6 or of a big-endian machine; one that holds
-        anything but tensors by name, or whose pickle asks for code (none of it is run).
+      UserError: a file that is damaged or of a big-endian machine; one that holds anything but tensors by name, or whose
+        pickle asks for code (none of it is run).
     """
     path = pathlib.Path(path)
     try:
         with open(path, "rb") as file:
-            if file.read(len(LEGACY_START)) == LEGACY_START:
-                raise UserError(
-                    f"{path} is in torch's format from before version 1.6; convert it once where torch is installed: "
-                    "torch.save(torch.load(PATH, weights_only=True), PATH)"
-                )
-        members = _map_members(path)
-        if bytes(members.get("byteorder", b"little")) != b"little":
-            raise UserError(f"{path} was saved on a big-endian machine; save it again on a little-endian one")
-        state = _Unpickler(path, members).load()
+            legacy = file.read(len(LEGACY_START)) == LEGACY_START
+        state, raw = (_read_legacy if legacy else _read_archive)(path)
+        if isinstance(state, dict):
+            state = {name: view.array(raw) if isinstance(view, View) else view for name, view in state.items()}
     except UserError:
         raise
     except Exception as error:  # a damaged pickle can raise anything
@@ -75,7 +91,35 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
             raise UserError(
                 f"{path} holds a {type(value).__name__} under {name!r}; only a state dict, tensors by name, can be read"
             )
-    return dict(state)
+    return state
+
+
+def _read_archive(path: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """What the pickle holds, and the bytes of its storages."""
+    members = _map_members(path)
+    if bytes(members.get("byteorder", b"little")) != b"little":
+        raise UserError(f"{path} {BIG_ENDIAN}")
+    state = _Unpickler(path, io.BytesIO(members["data.pkl"])).load()
+    return state, {name.removeprefix("data/"): raw for name, raw in members.items() if name.startswith("data/")}
+
+
+def _read_legacy(path: pathlib.Path) -> tuple[Any, dict[str, np.ndarray]]:
+    """As `_read_archive`, of a file from before torch 1.6."""
+    mapped = np.asarray(np.memmap(path, np.uint8, mode="r"))
+    raw = {}
+    with open(path, "rb") as file:
+        _magic, _version, machine = (_Unpickler(path, file).load() for _ in range(3))
+        if not machine["little_endian"]:
+            raise UserError(f"{path} {BIG_ENDIAN}")
+        unpickler = _Unpickler(path, file)
+        state, keys = unpickler.load(), _Unpickler(path, file).load()
+        start = file.tell()
+    for key in keys:
+        (elements,) = struct.unpack_from("<q", mapped, start)
+        size = elements * unpickler.dtypes[key].itemsize
+        raw[key] = mapped[start + 8 : start + 8 + size]
+        start += 8 + size
+    return state, raw
 
 
 def _map_members(path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -96,9 +140,9 @@ def _map_members(path: pathlib.Path) -> dict[str, np.ndarray]:
 class _Unpickler(pickle.Unpickler):
     """Admits tensors and dictionaries; what a pickle may call is only what `find_class` returns."""
 
-    def __init__(self, path: pathlib.Path, members: dict[str, np.ndarray]):
-        super().__init__(io.BytesIO(members["data.pkl"]))
-        self.path, self.members = path, members
+    def __init__(self, path: pathlib.Path, stream: BinaryIO):
+        super().__init__(stream)
+        self.path, self.dtypes = path, {}
 
     def find_class(self, module: str, name: str) -> Any:
         match module, name:
@@ -116,16 +160,15 @@ class _Unpickler(pickle.Unpickler):
             "it was run: if you trust the file, save its state dict as model.safetensors where torch is installed"
         )
 
-    def persistent_load(self, pid: tuple[str, str, str, str, int]) -> Storage:
-        _kind, storage, key, _device, _elements = pid
-        if f"data/{key}" not in self.members:
-            raise pickle.UnpicklingError(f"its pickle names a storage data/{key} that it lacks")
-        return Storage(self.members[f"data/{key}"], STORAGES[storage])
+    def persistent_load(self, pid: tuple) -> Storage:
+        _kind, storage, key, _device, _elements, *part = pid
+        if part not in ([], [None]):  # before torch 1.6 a storage could be a part of another one
+            raise pickle.UnpicklingError(f"its storage {key} is a part of another one")
+        self.dtypes[key] = STORAGES[storage]
+        return Storage(key, STORAGES[storage])
 
-    def _tensor(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *_requires_grad_and_hooks):
-        size = storage.dtype.itemsize
-        # np.ndarray refuses a view that leaves its buffer.
-        return np.ndarray(shape, storage.dtype, storage.raw, offset * size, [stride * size for stride in strides])
+    def _tensor(self, storage: Storage, offset: int, shape: tuple, strides: tuple, *_requires_grad_and_hooks) -> View:
+        return View(storage, offset, shape, strides)
 
-    def _parameter(self, tensor: np.ndarray, *_requires_grad_and_hooks) -> np.ndarray:
+    def _parameter(self, tensor: View, *_requires_grad_and_hooks) -> View:
         return tensor

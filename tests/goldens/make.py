@@ -118,7 +118,7 @@ def make_torch_files() -> None:
     for dtype in (torch.float64, torch.float16, torch.bfloat16, torch.int32, torch.int64, torch.uint8, torch.bool):
         kinds[str(dtype).removeprefix("torch.")] = torch.tensor([0, 1, 3], dtype=dtype)
     torch.save(kinds, directory / "kinds.bin")
-    torch.save({"a": table}, directory / "legacy.bin", _use_new_zipfile_serialization=False)
+    torch.save(kinds, directory / "legacy.bin", _use_new_zipfile_serialization=False)
     torch.save(torch.nn.Linear(2, 2), directory / "module.bin")
     torch.save({"model": {"a": table}, "epoch": 3}, directory / "training.bin")
 

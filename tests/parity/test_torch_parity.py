@@ -15,7 +15,7 @@ import tokenizers
 from jdmdr import encoders, lora, pairs, parallel, peft
 from jdmdr.encoders.config import EncoderConfig
 from jdmdr.export import export
-from jdmdr.tokenizer import copy_pretrained, train_unigram
+from jdmdr.tokenizer import Tokenizer, copy_pretrained, train_unigram
 from jdmdr.types import Tokens
 
 HERE = pathlib.Path(__file__).parent
@@ -81,6 +81,10 @@ def test_sentence_transformers_gives_our_embeddings(tmp_path):
         *random_transformer("bert", projection=6, projection_bias=True, projection_activation="tanh"), GOLDENS / "bert", 20
     )  # fmt: skip
     systems["untied"] = (*random_transformer("roberta", projection=6, towers="untied"), GOLDENS / "roberta", 20)
+    systems["norm"] = (
+        *random_transformer("roberta", projection=6, projection_bias=True, projection_norm=True, towers="untied"),
+        GOLDENS / "roberta", 20,
+    )  # fmt: skip
     systems["untied-static"] = (*random_static(unigram, projection=6, towers="untied"), unigram, 1000)
     systems["truncated"] = (*encoders.truncate(*random_transformer("bert"), 5), GOLDENS / "bert", 20)
     texts = [*TEXTS, LONG]  # the long one is cut by a transformer and read whole by a static embedding
@@ -148,6 +152,44 @@ def test_cross_encoders_score_as_transformers_and_sentence_transformers_do(tmp_p
         same = slice(12) if name == "cross-encoder" else slice(None)
         np.testing.assert_allclose(found_N[same], odds_N[same], atol=2e-5, err_msg=name)
         assert np.ptp(odds_N) > 0.1
+
+
+ROBERTA = {
+    "vocab_size": 340, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 40,
+    "max_position_embeddings": 34, "type_vocab_size": 1, "layer_norm_eps": 1e-5, "hidden_act": "gelu", "pad_token_id": 1,
+    "hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1,
+}  # fmt: skip
+SENTENCES = ["Hello World", "", "What is the Capital of the World?", "http://a.b<sep>The Title<sep>and a Body " * 3]
+
+
+def test_published_dual_encoders_embed_as_torch_and_go_to_sentence_transformers(tmp_path):
+    """The layouts of ANCE, STAR and ADORE, with the tokenizers that they were trained with."""
+    words = {"ance": "2.3.0", "star": "2.8.0", "narrow": "2.8.0"}
+    for version in set(words.values()):
+        copy_pretrained(str(GOLDENS / "roberta-bpe"), tmp_path / version, version)
+    tokenizer = Tokenizer(tmp_path / "2.8.0", 20)
+    ids = tokenizer.encode(SENTENCES)
+    length = max(map(len, ids))
+    ids_BxT = np.stack([np.pad(row, (0, length - len(row)), constant_values=1) for row in ids])
+    mask_BxT = (np.arange(length) < np.array([[len(row)] for row in ids])).astype(np.int32)
+    np.savez(tmp_path / "tokens.npz", ids=ids_BxT, mask=mask_BxT)
+    (tmp_path / "shape.json").write_text(json.dumps(ROBERTA))
+    run_with_torch("rdot_with_torch.py", tmp_path / "shape.json", tmp_path / "tokens.npz", tmp_path)
+    expected, directories = {}, []
+    for name, version in words.items():
+        config, params = encoders.load_pretrained(tmp_path / name)
+        assert (config.pooling, config.normalize, config.first_position) == ("cls", False, 2)
+        found = encoders.build(config).apply(params, Tokens(ids_BxT, mask_BxT))
+        np.testing.assert_allclose(found, np.load(tmp_path / f"{name}.npy"), atol=1e-5, err_msg=name)
+        directories.append(tmp_path / f"{name}-export")
+        export(config, params, tmp_path / version, directories[-1], prompts={"query": "", "passage": ""}, max_length=20,
+               similarity="dot", card="# tiny\n")  # fmt: skip
+        expected[name] = embed(config, params, tmp_path / version, SENTENCES, 20, "query")
+    (tmp_path / "texts.json").write_text(json.dumps(SENTENCES))
+    run_with_torch("embed_with_torch.py", tmp_path / "texts.json", tmp_path / "out.npz", *directories)
+    vectors = np.load(tmp_path / "out.npz")
+    for name, value in expected.items():
+        np.testing.assert_allclose(vectors[f"{name}-export/query"], value, atol=2e-5, err_msg=name)
 
 
 def test_peft_adds_our_adapters_to_the_checkpoint_as_we_do(tmp_path):
