@@ -293,7 +293,8 @@ class Recipe(Workspace):
     def tokenize_for(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
         section = retrievers.encoder_section(spec, self.config.encoder)
         home = out_dir / "tokenizer"
-        tokenizer.copy_pretrained(*retrievers.words(spec, section), home)
+        name, as_in = retrievers.words(spec, section)
+        tokenizer.copy_pretrained(name, home, as_in)
         self._tokenize(
             lambda side: Tokenizer(home, section[f"{side}_length"], section[f"{side}_prompt"]), self._mined_langs(), [TRAIN],
             out_dir,
