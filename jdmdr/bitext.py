@@ -98,7 +98,7 @@ def open_encoder(config: ConfigDict, directory: pathlib.Path, name: str, scratch
     if name in STAGES and not (directory / name / MANIFEST).exists():
         raise UserError(f"{directory} holds no finished {name} run; run jdmdr.train with the same flags first")
     if name not in STAGES:
-        section.name, home = name, scratch / "tokenizer"
+        section.name, section.passage_name, home = name, "", scratch / "tokenizer"
         tokenizer.copy_pretrained(name, home)
     words = tokenizer.Tokenizer(home, section.query_length, section.query_prompt)
     mesh = parallel.data_mesh()

@@ -156,11 +156,11 @@ class Recipe(Workspace):
 
     def make_tokenizer(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
-        name = c.tokenizer.name or c.encoder.name
+        # The checkpoints' weights come along: that they cannot be fetched is told before any work.
+        homes = [pretrained.find_checkpoint(name) for name in (c.encoder.name, c.encoder.passage_name) if name]
+        name = c.tokenizer.name or (str(homes[0]) if homes else "")
         if name:
-            # The checkpoint's weights come along: that it cannot be fetched is told before any work.
-            place = c.tokenizer.name or str(pretrained.find_checkpoint(name))
-            tokenizer.copy_pretrained(place, out_dir, c.tokenizer.as_in)
+            tokenizer.copy_pretrained(name, out_dir, c.tokenizer.as_in)
         else:
             texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
             tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
