@@ -210,8 +210,9 @@ def read_params(directory: pathlib.Path, config: EncoderConfig) -> tuple[Params,
       UserError: missing or unexpected tensors, or a wrong shape, by name.
     """
     tensors = _own_tensors(directory)
-    found = DUAL_HEAD.values() & tensors.keys()
-    if found and (missing := DUAL_HEAD.values() - found):
+    wanted = set(DUAL_HEAD.values())
+    found = wanted & tensors.keys()
+    if found and (missing := wanted - found):
         raise UserError(f"the checkpoint in {directory} lacks {_some(missing)} of its head")
     head: dict[str, jax.Array] = {}
     if found:
