@@ -284,7 +284,7 @@ def _encode_transformer(directory: pathlib.Path, ids: Sequence[Sequence[int]], s
         block.ids_BxT[row, : len(text)] = text
         block.mask_BxT[row, : len(text)] = 1
     with jax.default_matmul_precision("highest"):
-        parts = [apply(params, Tokens(*(x[i : i + BATCH] for x in block))) for i in range(0, len(ids), BATCH)]
+        parts = [apply(params, jax.tree.map(lambda x, i=i: x[i : i + BATCH], block)) for i in range(0, len(ids), BATCH)]
     return np.concatenate(parts)
 
 
