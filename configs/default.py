@@ -73,6 +73,7 @@ def get_config():
     c.mine.index = "faiss"  # faiss | exact
     c.mine.factory = "Flat"  # faiss index factory string
     c.mine.negatives = 30  # negatives kept a query; short queries are filled up
+    c.mine.texts = True  # writes them with their texts too, negatives/train_aug/LANG.jsonl: disk by texts x negatives
 
     c.cross_encoder = ConfigDict()  # reads query and passage together; filters.cross_encoder compare its scores
     c.cross_encoder.name = ""  # Hugging Face name or directory of a sequence classifier; empty: off

@@ -29,6 +29,7 @@ def get_config(arg="star"):
     with c.unlocked():
         c.name = "star"
         c.mine.retrievers, c.mine.pool, c.mine.depth, c.mine.negatives = "warmup", "corpus", 210, 200
+        c.mine.texts = False
         c.filters.percent_of_positive, c.filters.near_duplicate = None, None
         pairwise(c.train)
         if variant == "inbatch":

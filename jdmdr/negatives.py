@@ -211,8 +211,9 @@ def make(
             rules = verdicts(lang).join(rules, qids, docid, config.judge)
         selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed)
         write(version_dir(out_dir, 0), lang, qids, selected.negatives)
-        rows = training_rows(queries, lang, base, collection, selected.negatives)
-        write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
+        if config.mine.texts:
+            rows = training_rows(queries, lang, base, collection, selected.negatives)
+            write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
         totals[lang] = selected.counts
         for name, (candidates_QxK, positives_QxM) in mined.by_retriever.items():
             kept_QxK = selected.reasons_QxK == KEPT

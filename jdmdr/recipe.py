@@ -129,7 +129,8 @@ class Recipe(Workspace):
                       "model": c.llm.model, "extra_body": c.llm.extra_body, "prompt": prompts.JUDGE, **split},
                      ("corpus", "mine", *crossed))] if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
-                  {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool, **split},
+                  {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool,
+                   "texts": c.mine.texts, **split},
                   ("corpus", "mine", *crossed, *judged)),
         ]  # fmt: skip
 
