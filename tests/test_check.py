@@ -13,7 +13,20 @@ def recipe(name="quickstart", argument="smoke"):
 
 @pytest.mark.parametrize(
     "name, argument",
-    [("quickstart", ""), ("quickstart", "smoke"), ("dmdr", "mdpr"), ("dmdr", "smoke"), ("llm_tune", "smoke")],
+    [
+        ("quickstart", ""),
+        ("quickstart", "smoke"),
+        ("dmdr", "mdpr"),
+        ("dmdr", "smoke"),
+        ("star", "star"),
+        ("star", "inbatch"),
+        ("star", "random"),
+        ("star", "msmarco"),
+        ("adore", ""),
+        ("adore", "after"),
+        ("adore", "msmarco"),
+        ("llm_tune", "smoke"),
+    ],
 )
 def test_recipes_pass(name, argument):
     check_config(recipe(name, argument))
