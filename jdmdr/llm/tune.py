@@ -130,7 +130,7 @@ def tune(
                      "without their input")  # fmt: skip
     devices = jax.device_count()
     rows_a_chunk = min(c.chunk_rows, math.ceil(c.batch_size / devices)) * devices
-    steps = math.ceil(c.epochs * len(examples) / c.batch_size) if c.steps is None else c.steps
+    steps = max(1, math.ceil(c.epochs * len(examples) / c.batch_size)) if c.steps is None else c.steps
     chunks = chat.batches(examples, steps, c.batch_size, rows_a_chunk, c.length, config.seed)
 
     # ------------------------------------------------------------------------------------------------ model
@@ -142,7 +142,7 @@ def tune(
         # -------------------------------------------------------------------------------------------- loop
         with progress.bar(None, "  tuning", "steps", total=steps, initial=done) as bar:
             log = _Log(out_dir / LOG, done, bar)
-            trainer.with_training_hooks(log)
+            trainer.on_step = log.step
             trainer.train(chunks)
         log.close()
 
@@ -154,7 +154,7 @@ def tune(
         tensors[f"base_model.model.{module}.lora_B.weight"] = b
     huggingface.save_tensors(tensors, out_dir / peft.WEIGHTS)
     kinds = sorted({module.rsplit(".", 1)[-1] for module in found_adapters})
-    peft.write_config(out_dir, kinds, str(base.resolve()), c.rank, c.alpha, 0.0, "CAUSAL_LM")
+    peft.write_config(out_dir, kinds, c.model, c.rank, c.alpha, 0.0, "CAUSAL_LM")
     return {
         "examples": len(examples),
         "left_out": len(found) - len(examples),
@@ -173,20 +173,27 @@ def make_trainer(
     from flax import nnx
     from tunix.sft import peft_trainer
 
+    class Trainer(peft_trainer.PeftTrainer):
+        """Tells a step's loss before the step is saved; tunix's own tells it a step later."""
+
+        def _write_train_metrics(self) -> None:
+            metrics, self._buffered_train_metrics = self._buffered_train_metrics, None
+            if metrics:
+                self.on_step(metrics.step + 1, float(metrics.loss))
+
     c = config.tune
     model = tunix_models.load(base, decoder, mesh, _dtype(c), c.remat)
     provider = qwix.LoraProvider(module_path=tunix_models.LINEAR, rank=c.rank, alpha=c.alpha)
     model = qwix.apply_lora_to_model(model, provider, rngs=nnx.Rngs(config.seed), **model.get_model_input())
-    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, round(c.warmup_share * steps), steps)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, c.learning_rate, int(c.warmup_share * steps), steps)
     clip = optax.clip_by_global_norm(c.clip) if c.clip else optax.identity()
     optimizer = in_float32(optax.chain(clip, optax.adam(schedule)))
     settings = peft_trainer.TrainingConfig(
-        eval_every_n_steps=steps + 1, gradient_accumulation_steps=chunks if chunks > 1 else None,
+        eval_every_n_steps=steps + 1, gradient_accumulation_steps=chunks,
         checkpoint_root_directory=str((out_dir / CHECKPOINTS).resolve()),
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=c.checkpoint_every, max_to_keep=1),
     )  # fmt: skip
-    trainer = peft_trainer.PeftTrainer(model, optimizer, settings)
-    return trainer.with_gen_model_input_fn(_inputs).with_loss_fn(_loss)
+    return Trainer(model, optimizer, settings).with_gen_model_input_fn(_inputs).with_loss_fn(_loss)
 
 
 def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -228,7 +235,7 @@ def in_float32(inner: optax.GradientTransformation) -> optax.GradientTransformat
 
 
 class _Log:
-    """tunix's hooks: `log.jsonl`, a line a step, and the bar. Lines behind step `last`, which a resumed run repeats, go."""
+    """`log.jsonl`, a line a step, and the bar; lines behind step `last`, which a resumed run repeats, are dropped first."""
 
     def __init__(self, path: pathlib.Path, last: int, bar: Any):
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
@@ -238,18 +245,16 @@ class _Log:
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
         self._bar = bar
 
-    def on_train_step_end(self, trainer: Any, step: int, loss: float) -> None:
+    def step(self, step: int, loss: float) -> None:
         if not np.isfinite(loss):
-            raise UserError(f"step {step}: the loss is not finite; lower tune.learning_rate and add --redo")
-        self._file.write(json.dumps({"step": int(step), "loss": float(loss)}) + "\n")
+            raise UserError(
+                f"step {step}: the loss is not finite; the checkpoint before it is intact; lower tune.learning_rate and add "
+                "--redo"
+            )
+        self._file.write(json.dumps({"step": step, "loss": loss}) + "\n")
         self._file.flush()
         self._bar.set_postfix_str(f"loss {loss:.4f}", refresh=False)
         self._bar.update()
-
-    def _nothing(self, *_: Any) -> None:
-        pass
-
-    on_train_start = on_train_end = on_train_step_start = on_eval_step_start = on_eval_step_end = _nothing
 
     def close(self) -> None:
         self._file.close()
