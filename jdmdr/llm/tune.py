@@ -193,7 +193,13 @@ def make_trainer(
         checkpoint_root_directory=str((out_dir / CHECKPOINTS).resolve()),
         checkpointing_options=ocp.CheckpointManagerOptions(save_interval_steps=c.checkpoint_every, max_to_keep=1),
     )  # fmt: skip
-    return Trainer(model, optimizer, settings).with_gen_model_input_fn(_inputs).with_loss_fn(_loss)
+    trainer = Trainer(model, optimizer, settings)
+    # What another number of devices saved comes back on the first one alone.
+    everywhere = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    spread = lambda x: x if len(x.sharding.device_set) == mesh.size else jax.device_put(x, everywhere)
+    for module, kind in ((trainer.optimizer, nnx.optimizer.OptState), (trainer.model, nnx.LoRAParam)):
+        nnx.update(module, jax.tree.map(spread, nnx.state(module, kind)))
+    return trainer.with_gen_model_input_fn(_inputs).with_loss_fn(_loss)
 
 
 def _inputs(batch: dict[str, jax.Array]) -> dict[str, jax.Array]:
