@@ -7,13 +7,15 @@ Expected of the paper's models on MIRACL (Huang et al., EMNLP 2025, tables 2 and
 
 The recipe is the quickstart's encoder, trained from scratch on the spot. `train.keep=last` reports what training ends with:
 by default a run keeps its start where no checkpoint does better on the held-out queries, and then all rows would be one.
-Rows of your own: (table, name, {key: value}) in `ablation.rows`; None for the overrides marks what needs an LLM server.
+With --config.llm.base_url and --config.llm.model the rows that a language model judges and tops up run too; without, their lines
+say that they need a server. Rows of your own: (table, name, {key: value}) in `ablation.rows`, and LLM behind it for a model.
 """
 
 from configs import quickstart
 
 STRATEGIES, PARTS = "Negative strategies", "Ablations"
 NO_FILTER = {"filters.percent_of_positive": None}
+LLM = True  # the row has a language model
 
 ROWS = (
     (STRATEGIES, "naive top-k", NO_FILTER),
@@ -22,14 +24,16 @@ ROWS = (
     (STRATEGIES, "TopK-MarginPos 0.15", {**NO_FILTER, "filters.absolute_margin": 0.15}),
     (STRATEGIES, "TopK-PercPos 90 %", {"filters.percent_of_positive": 0.9}),
     (STRATEGIES, "full recipe (PercPos 95 %)", {}),
-    (STRATEGIES, "DMDR: judged by an LLM, topped up", None),
+    (STRATEGIES, "DMDR: judged by an LLM, topped up", {}, LLM),
     (PARTS, "no hard negatives (no Stage I)", {"train.passages_per_query": 1}),
     (PARTS, "ensemble without BM25", {"mine.retrievers": "warmup"}),
     (PARTS, "ensemble without the encoder", {"mine.retrievers": "bm25", **NO_FILTER}),
-    (PARTS, "no LLM judging", None),
-    (PARTS, "no reference answer for the judge", None),
-    (PARTS, "no top-up by generated queries (no Stage II)", None),
-    (PARTS, "no instruction tuning of the generator", None),
+    (PARTS, "judged and topped up", {}, LLM),
+    (PARTS, "no LLM judging", NO_FILTER),
+    (PARTS, "no reference answer for the judge", {"judge.reference": False}, LLM),
+    (PARTS, "no top-up (no Stage II)", {"expand.rounds": 0, "expand.depths": (40,)}, LLM),
+    (PARTS, "no generated queries, deeper in the old lists", {"expand.rounds": 0}, LLM),
+    (PARTS, "no instruction tuning of the generator", {"expand.model": ""}, LLM),
     (PARTS, "no topic balance", {"train.policy": "language_only"}),
     (PARTS, "no same language", {"train.policy": "topic_only"}),
     (PARTS, "neither (random batches)", {"train.policy": "random"}),

@@ -131,15 +131,12 @@ def get_config():
 
     c.expand = ConfigDict()  # short queries are topped up with the passages of new ones that the model writes
     c.expand.rounds = 3  # new queries written for a short query, one after another while it is short; 0: none
-    c.expand.depths = (
-        40,
-        100,
-        200,
-    )  # passages of a new query looked at; then, still short, of the old and the new ones
+    c.expand.depths = (40, 100, 200)  # hits of a new query to judge; then, still short, of the old and the new ones
+    c.expand.model = ""  # that writes, as the server names it, e.g. one tuned by jdmdr.llm.tune; empty: llm.model
     c.expand.temperature, c.expand.top_p = 0.7, 0.9  # of sampling
-    c.expand.prompt_tokens = 2048  # of the positive passage in the prompt, at 4 bytes each; the rest is cut off
+    c.expand.passage_chars = 4000  # of the positive that are shown
     c.expand.summary_tokens, c.expand.query_tokens = 256, 128  # of a reply, at most
-    c.expand.query_length = 64  # tokens of a new query, at most; a longer one is not searched for
+    c.expand.query_length = 64  # tokens of a new query, special tokens included; a longer one is not searched for
 
     c.audit = ConfigDict()
     c.audit.rows = 20  # candidates a language in the sheet for people to judge; 0: none
@@ -280,6 +277,7 @@ def smoke(config, arg, others=()):
                 if section.objective.metric_cut:
                     section.objective.metric_cut = 10
                 section.query_length = section.passage_length = None
-            config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 5, 2
+            config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 4, 2
+            config.expand.rounds, config.expand.depths = 1, (8,)
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
     return config

@@ -30,4 +30,6 @@ def get_config(arg="bge-m3"):
         c.train.learning_rate = chosen.learning_rate
         c.train.epochs = float(chosen.epochs)
         c.filters.percent_of_positive = 0.95
+        if arg == "smoke":
+            c.mine.negatives = c.train.passages_per_query - 1
     return default.smoke(c, arg, PRESETS)

@@ -32,11 +32,12 @@ SERVER = "needs a server"
 
 
 class Row(NamedTuple):
-    """A line of the tables: the recipe with these keys overridden; None for what needs an LLM server."""
+    """A line of the tables: the recipe with these keys overridden."""
 
     table: str
     name: str
-    overrides: Mapping[str, Any] | None
+    overrides: Mapping[str, Any]
+    model: bool = False  # whether a language model judges and tops up; it is left out where llm.base_url is empty
 
     @property
     def slug(self) -> str:
@@ -45,7 +46,7 @@ class Row(NamedTuple):
     @property
     def start(self) -> str | None:
         """The name of the row whose encoder this one starts from."""
-        name = (self.overrides or {}).get("encoder.name", "")
+        name = self.overrides.get("encoder.name", "")
         return name.removeprefix(FROM_ROW) if name.startswith(FROM_ROW) else None
 
 
@@ -54,9 +55,10 @@ def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
     if "ablation" not in config:
         raise UserError("this recipe has no ablation.rows; name one that has, such as --config configs/ablation.py")
     settings = config.ablation
-    rows = [Row(table, name, overrides and dict(overrides)) for table, name, overrides in settings.rows]
-    _check(rows, settings)
-    cells = [(row, seed) for row in rows if row.overrides is not None for seed in settings.seeds]
+    rows = [Row(table, name, dict(overrides), *model) for table, name, overrides, *model in settings.rows]
+    running = [row for row in rows if config.llm.base_url or not row.model]
+    _check(rows, running, settings)
+    cells = [(row, seed) for row in running for seed in settings.seeds]
     configs = {(row.slug, seed): cell_config(config, row, seed, directory / "cells") for row, seed in cells}
     for row, seed in cells:
         _check_values(configs[row.slug, seed], row)
@@ -65,23 +67,23 @@ def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
         progress.say(f"[{number}/{len(cells)}] {row.name}, seed {seed}")
         target = "export" if row.name in starts else "evaluate"
         run_cell(configs[row.slug, seed], directory / "cells", cell_name(row, seed), target)
-    found = results(rows, settings.seeds, settings.reference, config.name, directory / "cells")
+    found = results(rows, running, settings.seeds, settings.reference, config.name, directory / "cells")
     workdir.write_json(directory / "ablation.json", found)
     workdir.write_text(directory / "ablation.md", page(found, "github"))
     print(page(found, "simple"))
     print(f"{directory / 'ablation.md'}")
 
 
-def _check(rows: Sequence[Row], settings: ConfigDict) -> None:
+def _check(rows: Sequence[Row], running: Sequence[Row], settings: ConfigDict) -> None:
     slugs = [row.slug for row in rows]
     if double := next((slug for slug in slugs if slugs.count(slug) > 1), None):
         raise UserError(f"ablation.rows has two rows called {double!r}; give each a name of its own")
-    if settings.reference not in [row.name for row in rows if row.overrides is not None]:
+    if settings.reference not in [row.name for row in running]:
         raise UserError(f"ablation.reference is {settings.reference!r}, which is no row of ablation.rows that runs")
     if not settings.seeds:
         raise UserError("ablation.seeds is empty; name one seed or more, such as (0, 1, 2)")
     for place, row in enumerate(rows):
-        if row.start and row.start not in [earlier.name for earlier in rows[:place] if earlier.overrides is not None]:
+        if row.start and row.start not in [earlier.name for earlier in rows[:place]]:
             raise UserError(
                 f"ablation.rows, {row.name}: encoder.name is 'row:{row.start}', and no row before it has that name"
             )
@@ -92,14 +94,19 @@ def cell_name(row: Row, seed: int) -> str:
 
 
 def cell_config(config: ConfigDict, row: Row, seed: int, cells: pathlib.Path) -> ConfigDict:
-    """The recipe of one row and seed; raises UserError for a key that it does not have."""
+    """The recipe of one row and seed; raises UserError for a key that it does not have.
+
+    All cells share one log of the model's answers, beside `cells` unless the recipe names another.
+    """
     overrides = dict(row.overrides)
     if row.start:
-        overrides["encoder.name"] = str(cells / cell_name(Row("", row.start, None), seed) / "export")
+        overrides["encoder.name"] = str(cells / cell_name(Row("", row.start, {}), seed) / "export")
     cell = config.copy_and_resolve_references()
     with cell.unlocked(), cell.ignore_type():
         del cell.ablation
         cell.seed = seed
+        cell.llm.cache = cell.llm.cache or str(cells.with_name("llm"))
+        cell.llm.base_url = cell.llm.base_url if row.model else ""
         for key, value in overrides.items():
             *groups, last = key.split(".")
             part = cell
@@ -140,16 +147,16 @@ def run_cell(config: ConfigDict, cells: pathlib.Path, name: str, target: str) ->
 
 
 def results(
-    rows: Sequence[Row], seeds: Sequence[int], reference: str, system: str, cells: pathlib.Path
+    rows: Sequence[Row], running: Sequence[Row], seeds: Sequence[int], reference: str, system: str, cells: pathlib.Path
 ) -> dict[str, Any]:
     """{split: {measure: [{"table", "name", "seeds", "mean", "low", "high", "difference", "p_corrected"}]}}.
 
     A row's test against the reference, or against the row that it starts from, pairs queries, each the mean over the seeds;
-    p is corrected by Holm for the number of rows. A row that needs a server has its name alone.
+    p is corrected by Holm for the number of rows. A row that is not among the `running` ones has its name alone.
     """
     values = {}  # split -> measure -> row -> [by language, one a seed]
-    for row in rows:
-        for seed in seeds if row.overrides is not None else ():
+    for row in running:
+        for seed in seeds:
             evaluated = cells / cell_name(row, seed) / "evaluate"
             for path in sorted(evaluated.glob("*.queries.tsv")):
                 of = scores.read_queries(path).values[system]

@@ -84,6 +84,15 @@ def active_rules(config: ConfigDict) -> dict[str, Any]:
     return filters if config.judge.score_rules else filters | dict.fromkeys(SCORE_RULES)
 
 
+def filters_of(lang: str, chosen: Sequence[int], mined_dir: pathlib.Path, config: ConfigDict) -> list[Filter]:
+    """The filters before the judge, for the candidates of these queries, known by their place among the mined ones."""
+    rules = rules_from_config(active_rules(config))
+    if config.cross_encoder.name:
+        scores = cross_encoder.column(*cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang))
+        rules += cross_encoder_rules(config.filters.to_dict(), Column(*(values[chosen] for values in scores)))
+    return rules
+
+
 def work_of(
     lang: str, library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, config: ConfigDict
 ) -> list[Work]:
@@ -96,15 +105,11 @@ def work_of(
     ensemble, judge = parse(config.mine.retrievers), config.judge
     mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
     text = lambda row: passage_text(collection.passage(int(row)))
-    chosen = _chosen(queries, lang, judge.queries, config.seed)
+    chosen = chosen_of(queries, lang, judge.queries, config.seed)
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
     candidates = Candidates(*(np.asarray(values)[chosen] for values in candidates))
     context = Context([queries[q].positives - base for q in chosen], text)
-    rules = rules_from_config(active_rules(config))
-    if config.cross_encoder.name:
-        scores = cross_encoder.column(*cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang))
-        rules += cross_encoder_rules(config.filters.to_dict(), Column(*(values[chosen] for values in scores)))
-    _, reasons_QxK, _ = apply_filters(candidates, rules, context)
+    _, reasons_QxK, _ = apply_filters(candidates, filters_of(lang, chosen, mined_dir, config), context)
     docid = docid_lookup(collection, [mined])
     far_QxK = np.zeros(reasons_QxK.shape, bool)
     if judge.keep_below is not None:
@@ -129,7 +134,8 @@ def work_of(
     return out
 
 
-def _chosen(queries: Sequence[TrainingQuery], lang: str, count: int | None, seed: int) -> list[int]:
+def chosen_of(queries: Sequence[TrainingQuery], lang: str, count: int | None, seed: int) -> list[int]:
+    """Places of the queries that are judged."""
     order = sorted(range(len(queries)), key=lambda q: hashing.stable_hash(seed, "judged queries", lang, queries[q].qid))
     return sorted(order[:count])
 

@@ -4,8 +4,8 @@
 
     negatives/v00000/{lang}.qids.txt      one query id a line
     negatives/v00000/{lang}.rows.npy      int64 [Q, N], rows of the language's collection, best first
-    negatives/v00000/{lang}.rank.npy      int32 [Q, N], rank in the mined list from 1; 0 for what was filled in
-    negatives/v00000/{lang}.score.npy     float32 [Q, N], score of the mined list; NaN for what was filled in
+    negatives/v00000/{lang}.rank.npy      int32 [Q, N], rank in its list from 1; 0 for what was filled in
+    negatives/v00000/{lang}.score.npy     float32 [Q, N], score of that list; NaN for what was filled in
     negatives/v00000/{lang}.source.npy    uint8 [Q, N], index into SOURCES
 
 Version 0 is static; a method that mines again while it trains adds versions.
@@ -16,8 +16,8 @@ from __future__ import annotations
 import collections
 import pathlib
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -42,17 +42,29 @@ from jdmdr.mine import Mined, candidate_pool, read_mined
 from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
 
-SOURCES = ("retrieval", "judged", "random")
-RETRIEVAL, JUDGED, RANDOM = range(len(SOURCES))
+if TYPE_CHECKING:
+    from jdmdr.expand import Outcome
+
+SOURCES = ("retrieval", "llm", "judged", "random")  # llm: found by a query that a language model wrote
+RETRIEVAL, LLM, JUDGED, RANDOM = range(len(SOURCES))
 
 
 class Negatives(NamedTuple):
     """Negatives of one language's training queries; places beyond the last hold `NO_HIT`."""
 
     rows_QxN: np.ndarray
-    rank_QxN: np.ndarray
+    rank_QxN: np.ndarray  # in the list of its source
     score_QxN: np.ndarray
     source_QxN: np.ndarray
+
+
+class Filler(NamedTuple):
+    """A passage that a short query is filled up with."""
+
+    source: int
+    row: int
+    rank: int = 0
+    score: float = np.nan
 
 
 class Selection(NamedTuple):
@@ -67,16 +79,17 @@ class Selection(NamedTuple):
 
 def select(
     mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any,
-    rules: Sequence[Filter], seed: int,
+    rules: Sequence[Filter], seed: int, brought: Sequence[Sequence[Filler]] = (), barred: Sequence[set[int]] = (),
 ) -> Selection:  # fmt: skip
     """Filters the candidates, keeps the best of each query and fills up the short ones.
 
-    Filling follows DMDR (its stage II without the LLM): passages judged not relevant, then random ones of the pool, never
-    a positive and none twice.
+    Filling follows DMDR's stage II: what new queries brought, then passages judged not relevant, then random ones of the pool,
+    never a positive, nor what the judge found relevant, and none twice.
 
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
       config: the recipe's `mine` keys; `rules` are its filters, the judge's among them.
+      brought: a list a query, of what `jdmdr.expand` found for it; `barred` are the rows that are no random negatives of it.
     """
 
     def text(row: int) -> str:
@@ -103,7 +116,8 @@ def select(
     out.rank_QxN[:, :width] = np.where(found, rank_QxK[:, :width], 0)
     out.score_QxN[:, :width] = np.where(found, kept.scores_QxK[:, :width], np.nan)
     for q, query in enumerate(queries):
-        _fill(out, q, query, positives[q], query.judged - base, pool, seed)
+        never = {*positives[q].tolist(), *(barred[q] if barred else ())}
+        _fill(out, q, query, never, brought[q] if brought else (), query.judged - base, pool, seed)
     sources = {
         name: int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum()) for index, name in enumerate(SOURCES)
     }
@@ -115,21 +129,21 @@ def select(
 
 
 def _fill(
-    out: Negatives, q: int, query: TrainingQuery, positives: np.ndarray, judged: np.ndarray, pool: np.ndarray | range,
-    seed: int,
+    out: Negatives, q: int, query: TrainingQuery, never: set[int], brought: Sequence[Filler], judged: np.ndarray,
+    pool: np.ndarray | range, seed: int,
 ) -> None:  # fmt: skip
     rows_N = out.rows_QxN[q]
     place = int((rows_N != NO_HIT).sum())
-    taken = {*rows_N[:place].tolist(), *positives.tolist()}
+    taken = {*rows_N[:place].tolist(), *never}
     judged = judged[np.argsort(hashing.hash_array(seed, f"judged {query.qid}", judged), kind="stable")]
     # so many that enough are left when all taken ones are among them
     draws = min(len(pool), len(rows_N) + len(taken)) if place < len(rows_N) else 0
     drawn = hashing.rng(seed, "random negatives", query.lang, query.qid).choice(len(pool), draws, replace=False)
-    fillers = [(JUDGED, int(row)) for row in judged] + [(RANDOM, int(pool[i])) for i in drawn]
-    for source, row in fillers:
-        if place < len(rows_N) and row not in taken:
-            rows_N[place], out.source_QxN[q, place] = row, source
-            taken.add(row)
+    fillers = [*brought, *(Filler(JUDGED, int(row)) for row in judged), *(Filler(RANDOM, int(pool[i])) for i in drawn)]
+    for filler in fillers:
+        if place < len(rows_N) and filler.row not in taken:
+            out.source_QxN[q, place], rows_N[place], out.rank_QxN[q, place], out.score_QxN[q, place] = filler
+            taken.add(filler.row)
             place += 1
 
 
@@ -157,11 +171,18 @@ def read(directory: pathlib.Path, lang: str) -> tuple[list[str], Negatives]:
 
 
 def training_rows(
-    queries: Sequence[TrainingQuery], lang: str, base: int, collection: Collection, negatives: Negatives
-) -> Iterator[dict[str, Any]]:
-    """The rows of the training JSONL, texts included: the de-facto format of dense retrieval training."""
+    queries: Sequence[TrainingQuery], lang: str, base: int, collection: Collection, negatives: Negatives,
+    notes: Mapping[tuple[str, str], Mapping[str, Any]] | None = None,
+) -> Iterator[dict[str, Any]]:  # fmt: skip
+    """The rows of the training JSONL, texts included: the de-facto format of dense retrieval training.
+
+    Args:
+      notes: more about the negative docid of the query qid, by (qid, docid).
+    """
+    notes = notes or {}
     for q, query in enumerate(queries):
         places = np.flatnonzero(negatives.rows_QxN[q] != NO_HIT)
+        passages = [collection.passage(int(negatives.rows_QxN[q, n])) for n in places]
         yield {
             "query_id": query.qid,
             "query": query.text,
@@ -169,24 +190,25 @@ def training_rows(
             "positive_passages": [collection.passage(int(row))._asdict() for row in query.positives - base],
             "negative_passages": [
                 {
-                    **collection.passage(int(negatives.rows_QxN[q, n]))._asdict(),
+                    **passage._asdict(),
                     "source": SOURCES[negatives.source_QxN[q, n]],
                     "rank": int(negatives.rank_QxN[q, n]),
                     "score": None if np.isnan(negatives.score_QxN[q, n]) else float(negatives.score_QxN[q, n]),
+                    **notes.get((query.qid, passage.docid), {}),
                 }
-                for n in places
+                for n, passage in zip(places, passages, strict=True)
             ],
         }
 
 
 def make(
-    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, verdicts: Callable[[str], judge.Judged] | None,
+    library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, outcome: Callable[[str], Outcome] | None,
     config: Any, out_dir: pathlib.Path,
 ) -> dict[str, Any]:  # fmt: skip
     """Selects the negatives of every language and explains the filters; returns the counts per language.
 
     Args:
-      verdicts: of a language by the judge; None without one.
+      outcome: of the stages with a language model, for a language; None without them.
       config: the whole recipe.
     """
     ensemble = parse(config.mine.retrievers)
@@ -203,16 +225,19 @@ def make(
         mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
         docid = docid_lookup(collection, [mined])
         rules = rules_from_config(config.filters.to_dict())
+        more, notes = (), None
         if config.cross_encoder.name:
             scores = cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang)
             mined = mined._replace(by_retriever={**mined.by_retriever, CROSS_ENCODER: scores})
             rules += cross_encoder_rules(config.filters.to_dict(), cross_encoder.column(*scores))
-        if verdicts:
-            rules = verdicts(lang).join(rules, qids, docid, config.judge)
-        selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed)
+        if outcome:
+            found = outcome(lang)
+            rules = found.verdicts.join(rules, qids, docid, config.judge)
+            more, notes = (found.fillers(qids, collection), found.barred(qids, collection)), found.notes()
+        selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed, *more)
         write(version_dir(out_dir, 0), lang, qids, selected.negatives)
         if config.mine.texts:
-            rows = training_rows(queries, lang, base, collection, selected.negatives)
+            rows = training_rows(queries, lang, base, collection, selected.negatives, notes)
             write_jsonl(out_dir / "train_aug" / f"{lang}.jsonl", rows)
         totals[lang] = selected.counts
         for name, (candidates_QxK, positives_QxM) in mined.by_retriever.items():
@@ -224,7 +249,7 @@ def make(
         text = lambda row, of=collection: passage_text(of.passage(row))
         sheet += audit.sample(lang, config.audit.rows, queries, base, *shown, text, config.seed)
     audit.write_sheet(out_dir / "audit.csv", audit.SHEET, sheet)
-    active = judge.active_rules(config) if verdicts else config.filters.to_dict()
+    active = judge.active_rules(config) if outcome else config.filters.to_dict()
     shown = explain.explain(scored, compared, active, out_dir)
     dropped = collections.Counter()
     for counts in totals.values():

@@ -223,10 +223,12 @@ def _shown(target: Target, docid: str) -> str:
 
 
 def _judge(recipe: Recipe) -> dict[str, Any]:
-    """What the language model did with the candidates."""
+    """What the language model did with the candidates, and for short queries."""
     counts = workdir.counts_of(recipe.directory, "judge")
     return {
         "model": recipe.config.llm.model,
+        "writer": recipe.config.expand.model or recipe.config.llm.model,
+        "expanded": workdir.counts_of(recipe.directory, "expand")["languages"],
         **counts,
         "warnings": list(calibration.warnings(counts["calibration"], recipe.config.judge)),
     }

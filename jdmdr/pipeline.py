@@ -3,7 +3,7 @@
     python -m jdmdr.pipeline --config configs/quickstart.py --workdir runs/quickstart
 
 `python -m jdmdr.STAGE` brings one stage, and what it needs, up to date: tokenizer, mine, negatives, topics, train, encode,
-evaluate, export; with a language model also judge.
+evaluate, export; with a language model also judge and expand.
 """
 
 from __future__ import annotations
@@ -64,6 +64,11 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
         )
     names = needed(stages, target)
     for name in names if itself else names[:-1]:
+        if not itself and name in LLM_STAGES and not workdir.is_done(stages[name], directory):
+            raise UserError(
+                f"{target} --dry_run tells what follows from the stage {name}, and that is not done; see first what it takes: "
+                f"python -m jdmdr.{name} --dry_run"
+            )
         workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
     return recipe
 

@@ -11,7 +11,8 @@ import itertools
 import math
 import pathlib
 import shutil
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from jdmdr import (
     encode,
     encoders,
     evaluate,
+    expand,
     export,
     judge,
     llm,
@@ -32,8 +34,10 @@ from jdmdr import (
     negatives,
     objectives,
     pairs,
+    pipeline,
     progress,
     report,
+    requery,
     retrievers,
     sources,
     splits,
@@ -49,7 +53,7 @@ from jdmdr.encoders import pretrained
 from jdmdr.filters import cross_encoder
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN
-from jdmdr.llm import estimate, prompts
+from jdmdr.llm import estimate, generate, prompts
 from jdmdr.splits import POOLED
 from jdmdr.tokenizer import Tokenizer
 from jdmdr.train import VOLATILE
@@ -104,7 +108,7 @@ class Recipe(Workspace):
             Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
                   ("corpus", "tokenizer", "train", "evaluate")),
             Stage("report", self.report, {},
-                  ("corpus", *(stage.name for stage in mining if stage.name in ("judge", "negatives")), "warmup", "train", "embeddings",
+                  ("corpus", *(stage.name for stage in mining if stage.name in (*pipeline.LLM_STAGES, "negatives")), "warmup", "train", "embeddings",
                    "evaluate", "export")),
         ]  # fmt: skip
         return [stage for stage in every if stage.name in ALONE] if self.evaluates_alone else every
@@ -117,17 +121,17 @@ class Recipe(Workspace):
         needed |= {spec.name: f"embeddings-{spec.name}" for spec in ensemble if spec.kind == retrievers.ENCODER}
         elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
         crossed = ("cross_encoder",) if c.cross_encoder.name else ()
-        judged = ("judge",) if c.llm.base_url else ()
+        judged = pipeline.LLM_STAGES if c.llm.base_url else ()
+        mined = {
+            key: value for key, value in plain["mine"].items() if key not in ("negatives", "texts")
+        }  # these come behind
         return [
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
-            Stage("mine", self.mine, {**plain["mine"], **split},
+            Stage("mine", self.mine, {**mined, **split},
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
             *([Stage("cross_encoder", self.score_candidates, {**plain["cross_encoder"], "dtype": c.encoder.dtype, **split},
                      ("corpus", "mine"))] if c.cross_encoder.name else []),
-            *([Stage("judge", self.judge,
-                     {"judge": plain["judge"], "filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives,
-                      "model": c.llm.model, "extra_body": c.llm.extra_body, "prompt": prompts.JUDGE, **split},
-                     ("corpus", "mine", *crossed))] if c.llm.base_url else []),
+            *(self._llm_stages(ensemble, needed, crossed, split) if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool,
                    "texts": c.mine.texts, **split},
@@ -323,6 +327,31 @@ class Recipe(Workspace):
             self.library, self.training, self.directory / "mine", scorer, c.cross_encoder.depth, out_dir
         )
 
+    # What a language model judges and writes. Which server it stands behind changes no result.
+
+    def _llm_stages(
+        self,
+        ensemble: Sequence[retrievers.Spec],
+        needed: Mapping[str, str],
+        crossed: Sequence[str],
+        split: Mapping[str, Any],
+    ) -> list[Stage]:
+        c, plain = self.config, self.config.to_dict()
+        judge_ = {
+            "judge": plain["judge"], "filters": plain["filters"], "negatives": c.mine.negatives, "model": c.llm.model,
+            "extra_body": c.llm.extra_body, "prompt": prompts.JUDGE, **split,
+        }  # fmt: skip
+        search = {"pool": c.mine.pool, "fusion": c.mine.fusion, "dtype": c.encode.dtype, "tower": c.encoder.dtype}
+        asked = requery.askable(ensemble) if c.expand.rounds else []
+        makers = {retrievers.WARMUP: "warmup"}  # of a new query's vector or words
+        makers |= {spec.name: f"tokens-{spec.name}" for spec in asked if spec.kind == retrievers.ENCODER}
+        return [
+            Stage("judge", self.judge, {**judge_, "audit": c.audit.rows}, ("corpus", "mine", *crossed)),
+            Stage("expand", self.expand, {"expand": plain["expand"], "writes": generate.VERSION, **search, **judge_},
+                  ("corpus", "tokenizer", "mine", "judge", *crossed,
+                   *(of[spec.name] for spec in asked for of in (makers, needed) if spec.name in of))),
+        ]  # fmt: skip
+
     def judge(self, out_dir: pathlib.Path) -> dict[str, Any]:
         with llm.open_client(self.config.llm, self.directory) as client:
             return judge.judge(self.library, self.training, self.directory / "mine", client, self.config, out_dir)
@@ -333,9 +362,31 @@ class Recipe(Workspace):
             plan = judge.plan(self.library, self.training, self.directory / "mine", client, self.config)
             return estimate.table(plan, self.config.llm, client.log.totals)
 
+    def expand(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        with llm.open_client(self.config.llm, self.directory) as client:
+            return expand.expand(
+                self._judged_languages(), self._searching(out_dir), self._query_tokens, client, out_dir
+            )
+
+    def plan_expand(self) -> str:
+        """What `expand` would send, as a table."""
+        with llm.open_client(self.config.llm, self.directory) as client, tempfile.TemporaryDirectory() as scratch:
+            languages = list(self._judged_languages())
+            plan = expand.plan(
+                languages, self._searching(pathlib.Path(scratch)), self._query_tokens, client, self.config
+            )
+            return estimate.table(plan, self.config.llm, client.log.totals)
+
+    def _judged_languages(self) -> Iterator[expand.Language]:
+        directories = self.directory / "mine", self.directory / "judge"
+        for lang in self.library.langs:
+            if (directories[1] / f"{lang}.jsonl").exists():
+                yield expand.Language(lang, self.library, self.training, *directories, self.config)
+
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        verdicts = functools.partial(judge.read, self.directory / "judge") if self.config.llm.base_url else None
-        return negatives.make(self.library, self.training, self.directory / "mine", verdicts, self.config, out_dir)
+        homes = self.directory / "judge", self.directory / "expand"
+        outcome = functools.partial(expand.read, *homes) if self.config.llm.base_url else None
+        return negatives.make(self.library, self.training, self.directory / "mine", outcome, self.config, out_dir)
 
     def label_topics(self, out_dir: pathlib.Path) -> dict[str, Any]:
         def embed(texts: list[str]) -> np.ndarray:

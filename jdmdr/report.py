@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tabulate import tabulate
 
-from jdmdr import judge, page, workdir
+from jdmdr import expand, judge, page, workdir
 from jdmdr.objectives import SEARCHING
 
 if TYPE_CHECKING:
@@ -94,7 +94,10 @@ def write(recipe: Recipe, out_dir: pathlib.Path) -> dict[str, Any]:
         lines += ["## Negatives", "", "Candidates, how many each rule dropped, and where the negatives come from.", ""]
         lines += [tabulate(*table, tablefmt="github"), ""]
         judged = workdir.counts_of(directory, "judge") if "judge" in stages else None
-        lines += [line for paragraph in judge.report(judged, c) for line in (paragraph, "")]
+        paragraphs = judge.report(judged, c)
+        if "expand" in stages:
+            paragraphs += expand.report(workdir.counts_of(directory, "expand"), c)
+        lines += [line for paragraph in paragraphs for line in (paragraph, "")]
     lines += ["## Data", "", tabulate(*_data_table(counts["corpus"]), tablefmt="github"), ""]
     lines += [f"- {warning}" for lang in sorted(counts["corpus"]) for warning in counts["corpus"][lang]["warnings"]]
     lines += ["", "## Settings", ""]

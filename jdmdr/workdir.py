@@ -163,6 +163,16 @@ def _written(stage: Stage, directory: pathlib.Path) -> dict[str, list]:
     }
 
 
+def is_done(stage: Stage, workdir: pathlib.Path) -> bool:
+    """Whether `bring_up_to_date` would find nothing to do; what the stage needs is up to date."""
+    promise, manifest = as_json(_promise(stage, workdir)), read_json(workdir / stage.name / MANIFEST)
+    return (
+        bool(manifest)
+        and {key: manifest.get(key) for key in promise} == promise
+        and _intact(workdir / stage.name, manifest)
+    )
+
+
 def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Callable[[str], None]) -> None:
     """Runs `stage` unless its manifest says that the same work is already done.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
@@ -16,6 +17,8 @@ from jdmdr import (
     embeddings,
     encode,
     encoders,
+    expand,
+    mine,
     models,
     parallel,
     progress,
@@ -24,8 +27,10 @@ from jdmdr import (
     sources,
     splits,
     tokenizer,
+    topup,
     workdir,
 )
+from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.library import TRAIN, Library
 from jdmdr.splits import OWN, POOLED
@@ -208,6 +213,30 @@ class Workspace:
         if spec.kind == retrievers.BM25:
             return Bm25Searcher.load(self.directory / "bm25" / lang)
         return requery.Encoded(encode.shards(self.directory / f"embeddings-{spec.name}" / lang, "passages"), embed)
+
+    def _searching(self, scratch: pathlib.Path) -> expand.Open:
+        """Opens the ensemble for new queries of a language; each of its encoders is loaded once, when it is first asked."""
+        c, weights = self.config.mine, workdir.counts_of(self.directory, "mine")["weights"]
+        asked = requery.askable(retrievers.parse(c.retrievers))
+        embedders = {spec.name: self._query_embedder(spec) for spec in asked if spec.dense}
+        index = lambda blocks: dense_searcher(c.index, blocks, self.mesh, c.factory)
+
+        @contextlib.contextmanager
+        def opened(of: expand.Language) -> Iterator[topup.Search]:
+            members = {spec.name: self._asked_member(spec, of.lang, embedders.get(spec.name)) for spec in asked}
+            pool = mine.candidate_pool(of.queries, of.base, c.pool)
+            with requery.opened(members, weights, c.fusion, index, scratch) as search:
+                yield of.search(search, pool)
+
+        return opened
+
+    def _query_tokens(self, text: str) -> int:
+        """Of a query, special tokens included; texts longer than any query are not counted to their end."""
+        return len(self._counting_tokenizer.encode([text])[0])
+
+    @functools.cached_property
+    def _counting_tokenizer(self) -> Tokenizer:
+        return Tokenizer(self.directory / "tokenizer", self.config.expand.query_length + 1)
 
 
 def trains(section: ConfigDict) -> bool:

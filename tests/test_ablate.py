@@ -1,6 +1,5 @@
 import json
 import os
-import pathlib
 import shutil
 
 import numpy as np
@@ -30,7 +29,7 @@ def write_cell(cells, slug, seed, shift):
     return {lang: found.values["dmdr"]["ndcg@10"][lang] for lang in QUERIES}
 
 
-ROWS = [Row("Table", "full", {}), Row("Table", "Without it", {}), Row("Table", "judged", None)]
+ROWS = [Row("Table", "full", {}), Row("Table", "Without it", {}), Row("Table", "judged", {}, True)]
 
 
 def test_rows_are_means_over_languages_and_seeds_tested_against_the_reference(tmp_path):
@@ -39,7 +38,7 @@ def test_rows_are_means_over_languages_and_seeds_tested_against_the_reference(tm
         for slug, shift in (("full", 0.3), ("without-it", 0.1))
         for seed in (0, 1)
     }
-    found = ablate.results(ROWS, (0, 1), "full", "dmdr", tmp_path)["dev"]["ndcg@10"]
+    found = ablate.results(ROWS, ROWS[:2], (0, 1), "full", "dmdr", tmp_path)["dev"]["ndcg@10"]
     for line, slug in zip(found, ("full", "without-it"), strict=False):
         means = [np.mean([v.mean() for v in values[slug, seed].values()]) for seed in (0, 1)]
         assert line["seeds"] == pytest.approx(means, abs=1e-6)
@@ -56,7 +55,7 @@ def test_rows_are_means_over_languages_and_seeds_tested_against_the_reference(tm
 def test_a_row_without_a_server_says_so_in_the_table(tmp_path):
     for slug in ("full", "without-it"):
         write_cell(tmp_path, slug, 0, 0.1)
-    page = ablate.page(ablate.results(ROWS, (0,), "full", "dmdr", tmp_path), "github")
+    page = ablate.page(ablate.results(ROWS, ROWS[:2], (0,), "full", "dmdr", tmp_path), "github")
     line = next(line for line in page.splitlines() if "judged" in line)
     assert ablate.SERVER in line and page.startswith("**Table, dev**")
 
@@ -90,17 +89,27 @@ def test_a_recipe_without_rows_is_told_what_to_name(tmp_path):
         ablate.ablate(quickstart.get_config(), tmp_path, None)
 
 
-def test_every_row_of_the_recipe_overrides_keys_that_there_are():
+def test_every_row_of_the_recipe_overrides_keys_that_there_are(tmp_path):
     config = ablation.get_config()
     for row in ablation.ROWS:
-        if row[2] is not None:
-            cell = ablate.cell_config(config, Row(*row), 1, pathlib.Path("cells"))
-            assert cell.seed == 1 and "ablation" not in cell
-            for key, value in row[2].items():
-                part = cell
-                for name in key.split("."):
-                    part = part[name]
-                assert part == value
+        cell = ablate.cell_config(config, Row(*row), 1, tmp_path / "cells")
+        assert cell.seed == 1 and "ablation" not in cell
+        for key, value in row[2].items():
+            part = cell
+            for name in key.split("."):
+                part = part[name]
+            assert part == value
+
+
+def test_only_the_rows_of_a_model_have_one_and_all_share_its_answers(tmp_path):
+    config = ablation.get_config()
+    config.llm.base_url, config.llm.model = "http://localhost:8000/v1", "m"
+    cells = {row[1]: ablate.cell_config(config, Row(*row), 0, tmp_path / "cells") for row in ablation.ROWS}
+    assert {name for name, cell in cells.items() if cell.llm.base_url} == {row[1] for row in ablation.ROWS if row[3:]}
+    assert {cell.llm.cache for cell in cells.values()} == {str(tmp_path / "llm")}
+    assert cells["no LLM judging"].filters.percent_of_positive is None
+    config.llm.cache = "answers"
+    assert ablate.cell_config(config, Row(*ablation.ROWS[0]), 0, tmp_path / "cells").llm.cache == "answers"
 
 
 # ------------------------------------------------------------------------------------------------------ shared stages

@@ -5,6 +5,7 @@ from configs import default
 from jdmdr import llm
 from jdmdr.llm import generate
 from jdmdr.llm.generate import Generated
+from jdmdr.types import UserError
 
 PASSAGE = "Mto Nile ni mto mrefu wa Afrika. Unapita Misri na Sudan kuelekea bahari ya Mediteranea."
 
@@ -13,10 +14,10 @@ def words(text):
     return len(text.split())
 
 
-def ask(server, directory, *rounds, lang="sw", passage=PASSAGE, query="Mto Nile unapita wapi?"):
+def ask(server, directory, *rounds, lang="sw", passage=PASSAGE, query="Mto Nile unapita wapi?", model=""):
     """What the model wrote in these rounds, one after another."""
     c = default.get_config()
-    c.llm.base_url, c.llm.model, c.llm.retries = server.base_url, MODEL, 0
+    c.llm.base_url, c.llm.model, c.llm.retries, c.expand.model = server.base_url, MODEL, 0, model
     with llm.open_client(c.llm, directory) as client:
         write = lambda n: generate.generate(client, lang, query, passage, "sw 1", n, words, c.expand, 0)
         return client.map(write, rounds)
@@ -97,13 +98,32 @@ def test_a_passage_with_instructions_cannot_leave_its_tags_nor_reach_another_que
         ask(server, tmp_path / "a", 1, passage="Nile.", query="Nile ni nini?")
         ask(server, tmp_path / "b", 1, passage="Nile.", query="Nile ni nini?")
     prompts = [request.messages[-1]["content"] for request in server.requests if "passage" in parts(request)]
-    assert prompts[0].count("</passage>") == 1 and prompts[0].endswith("\n</passage>")
+    assert prompts[0].count("</passage>") == prompts[0].count("<question>") == 1 and prompts[0].endswith("\n</passage>")
     assert prompts[1] == prompts[2]
 
 
-def test_a_long_passage_is_cut_between_characters(tmp_path):
-    c = default.get_config().expand
+def test_a_long_passage_is_cut(tmp_path):
     with serve(oracle(None)) as server:
         ask(server, tmp_path, 1, lang="ja", passage="あ" * 5000, query="何？")
-        sent = parts(server.requests[0])["passage"]
-    assert set(sent) == {"あ"} and len(sent) == c.prompt_tokens * generate.BYTES_PER_TOKEN // 3
+        assert parts(server.requests[0])["passage"] == "あ" * default.get_config().expand.passage_chars
+
+
+def test_a_model_of_its_own_writes_and_its_answers_are_its_own(tmp_path):
+    with serve(oracle(None)) as server:
+        ask(server, tmp_path, 1)
+        ask(server, tmp_path, 1, model="tuned")
+        ask(server, tmp_path, 1, model=MODEL)  # the same by its name
+    assert [request.body["model"] for request in server.requests] == [MODEL, MODEL, "tuned", "tuned"]
+
+
+def test_a_model_of_its_own_that_the_server_lacks_is_told_by_name(tmp_path):
+    with serve(faults("404")) as server, pytest.raises(UserError, match="the model 'tuned' is not known to the server"):
+        ask(server, tmp_path, 1, model="tuned")
+
+
+@pytest.mark.parametrize(
+    ("lang", "name"),
+    [("sw", "Swahili"), ("zh", "Chinese"), ("te", "Telugu"), ("all", "the language of the question"), ("no language", "the language of the question")],
+)  # fmt: skip
+def test_languages_have_names_and_what_is_none_does_too(lang, name):
+    assert generate.language_name(lang) == name

@@ -45,6 +45,7 @@ class Request(NamedTuple):
     params: Mapping[str, Any]  # temperature, top_p, max_tokens, ...
     vote: int = 0  # tells apart calls that are to be sampled more than once
     schema: Mapping[str, Any] | None = None  # JSON schema of the reply, sent where the server takes one
+    model: str = ""  # as the server names it; empty: llm.model
 
     @property
     def content(self) -> str:
@@ -107,7 +108,7 @@ class Client:
         """SHA-256 of what an answer depends on."""
         params = {**request.params, "extra_body": self.extra_body}
         return workdir.digest(
-            self._config.model, request.version, [dict(m) for m in request.messages], params, request.vote
+            self._model(request), request.version, [dict(m) for m in request.messages], params, request.vote
         )
 
     def known(self, key: str) -> Reply | None:
@@ -156,7 +157,7 @@ class Client:
                 taken = Spending(counter.requests, tokens, self.budget.cost(reply.tokens_in, reply.tokens_out))
                 record = {
                     "key": key, "purpose": request.purpose, "about": request.about, "version": request.version,
-                    "vote": request.vote, "model": self._config.model, "requests": counter.requests, "cost": taken.cost,
+                    "vote": request.vote, "model": self._model(request), "requests": counter.requests, "cost": taken.cost,
                     "seconds": round(time.monotonic() - start, 3), "bytes": request.bytes,
                     **reply._asdict(),
                 }  # fmt: skip
@@ -176,7 +177,7 @@ class Client:
             if error.status_code in _REJECTIONS and schema and self._takes_schemas is None:
                 reply = await self._send_without_schema(request, error)
             else:
-                reply = self._told(error)
+                reply = self._told(error, request)
         except openai.APIConnectionError as error:
             if isinstance(error.__cause__, (httpx2.ConnectError, httpx2.ConnectTimeout)):
                 raise UserError(self._unreachable(error.__cause__)) from error
@@ -193,7 +194,7 @@ class Client:
         try:
             reply = await self._post(request, None)
         except openai.APIStatusError:
-            return self._told(first)
+            return self._told(first, request)
         if self._takes_schemas is None:
             progress.say("  the server takes no JSON schema; replies are read as text")
         self._takes_schemas = False
@@ -205,7 +206,7 @@ class Client:
             body = {"name": request.purpose, "schema": schema, "strict": True}
             form["response_format"] = {"type": "json_schema", "json_schema": body}
         found = await self._server.chat.completions.create(
-            model=self._config.model, messages=list(request.messages), extra_body=self.extra_body or None,
+            model=self._model(request), messages=list(request.messages), extra_body=self.extra_body or None,
             **request.params, **form,
         )  # fmt: skip
         choice = found.choices[0]
@@ -236,16 +237,20 @@ class Client:
             if not isinstance(message, dict):
                 raise httpx2.DecodingError("the reply is no chat completion", request=response.request)
 
+    def _model(self, request: Request) -> str:
+        return request.model or self._config.model
+
     def _most(self, request: Request) -> Spending:
         tokens_in, tokens_out = estimate.most_tokens(request.content), request.params.get("max_tokens", 0)
         return Spending(1, tokens_in + tokens_out, self.budget.cost(tokens_in, tokens_out))
 
     # ---------------------------------------------------------------------------------------------- what goes wrong
 
-    def _told(self, error: openai.APIStatusError) -> Reply:
+    def _told(self, error: openai.APIStatusError, request: Request) -> Reply:
         """What a status of the server means: an answer to this call, a failure, or the end of the run."""
         status, said = error.status_code, self._said(error)
         c = self._config
+        model = f"the model {request.model!r}" if request.model else f"llm.model {c.model!r}"
         if status in (401, 403):
             found = f"is not one that {c.base_url} takes" if self._secret else "is not set"
             raise UserError(
@@ -259,7 +264,7 @@ class Client:
             ) from error
         if status == 404:
             raise UserError(
-                f"llm.model {c.model!r} is not known to the server at llm.base_url {c.base_url}, or the address lacks "
+                f"{model} is not known to the server at llm.base_url {c.base_url}, or the address lacks "
                 f"its path, mostly /v1 ({said})"
             ) from error
         return Reply(f"the server answered {status} ({said})", REJECTED if status in _REJECTIONS else FAILED)

@@ -58,10 +58,17 @@ def question_of(
       config: the whole recipe.
       other_than: a positive that is not to be shown, since it is the candidate.
     """
-    texts = [text(int(row)) for row in query.positives if row != other_than] if config.judge.reference else []
+    reference = reference_of(query, lang, text, config.seed, other_than) if config.judge.reference else ""
+    return Question(f"{lang} {query.qid}", query.text, reference)
+
+
+def reference_of(
+    query: TrainingQuery, lang: str, text: Callable[[int], str], seed: int, other_than: int = NO_HIT
+) -> str:
+    """The text of one positive that has any, chosen by a hash; "" where none has."""
+    texts = [text(int(row)) for row in query.positives if row != other_than]
     known = [found for found in texts if found.strip()]
-    chosen = known[int(hashing.rng(config.seed, "reference", lang, query.qid).integers(len(known)))] if known else ""
-    return Question(f"{lang} {query.qid}", query.text, chosen)
+    return known[int(hashing.rng(seed, "reference", lang, query.qid).integers(len(known)))] if known else ""
 
 
 def requests(config: ConfigDict, question: Question, pair: Pair, purpose: str = "judge") -> list[Request]:
