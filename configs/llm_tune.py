@@ -5,8 +5,9 @@
         --config.tune.model=DIR --config.tune.instructions=FILE \\
         --config.llm.base_url=http://localhost:8000/v1 --config.llm.model=NAME
 
-DIR holds a Qwen3, Llama 3 or Gemma 3 with a chat template, FILE instructions such as Alpaca's; the server translates them,
-at most 938 calls. Then `runs/llm/merged` is a Hugging Face directory, for `vllm serve runs/llm/merged` and `llm.base_url`.
+DIR holds a Qwen3, Llama 3 or Gemma 3 with a chat template, FILE instructions such as Alpaca's. The server translates them:
+937 calls where every translation is of use; `--dry_run` tells more. Then `runs/llm/merged` is a Hugging Face directory, to be
+served with `vllm serve runs/llm/merged` and named in `llm.model`.
 
 Hardware: one host. A model of N billion parameters takes 2 N GB of its devices' memory for its weights in bfloat16, and
 activations besides; the disk holds it twice. Time was not measured on an accelerator.
