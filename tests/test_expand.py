@@ -15,6 +15,7 @@ from llm_servers import MODEL, faults, oracle, parts, serve
 from jdmdr import corpus, expand, llm, negatives, pipeline
 from jdmdr.expand import read_rows
 from jdmdr.recipe import Recipe
+from jdmdr.types import UserError
 
 N, DEPTH = 5, 3
 KEYS = {
@@ -175,6 +176,16 @@ def test_the_dry_run_tells_what_valid_and_unanimous_replies_will_take(finished, 
             assert (
                 planned(recipe, client).upper.calls >= 0 == next(iter(planned(recipe, client).expected.values())).calls
             )
+
+
+def test_the_dry_run_wants_the_judge_done_and_asks_nothing_itself(finished, tmp_path):
+    with serve(oracle(grade, ask=ask)) as server:
+        recipe = copied(finished, tmp_path / "w", server)
+        with pytest.raises(
+            UserError, match="the stage judge, and that is not done; .* python -m jdmdr.judge --dry_run"
+        ):
+            pipeline.run(recipe.config, recipe.directory, "expand", itself=False)
+        assert not server.requests and not (recipe.directory / "judge").exists()
 
 
 def planned(recipe, client):
