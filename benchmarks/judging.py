@@ -22,7 +22,7 @@ from tabulate import tabulate
 
 from benchmarks import command
 from configs import ablation
-from jdmdr import ablate, datasets, hashing, negatives, progress, reading
+from jdmdr import ablate, datasets, hashing, metrics, negatives, progress, reading, retrievers
 from jdmdr.corpus import passage_text
 from jdmdr.library import TRAIN, Library
 from jdmdr.llm import prompts
@@ -104,13 +104,42 @@ def met(cell: pathlib.Path, hidden: Hidden) -> tuple[int, int]:
     return counts[0], counts[1]
 
 
+def found_again(cell: pathlib.Path, hidden: Hidden) -> float:
+    """nDCG@10 of the trained encoder for the hidden positives of the queries that it trained on, mean of the languages.
+
+    The shown positive is taken out of the collection.
+    """
+    library, means = Library(cell / "corpus"), {}
+    for lang, collection in zip(library.langs, library.collections, strict=True):
+        trained, shown = (
+            negatives.read(negatives.version_dir(cell / "negatives", 0), lang)[0],
+            library.qrels(lang, TRAIN),
+        )
+        qids = [qid for qid in trained if qid in hidden[lang]]
+        place = {qid: row for row, qid in enumerate(library.queries(lang, TRAIN)[0])}
+        vectors = retrievers.stored(cell / "embeddings" / lang, TRAIN, [cell / "embeddings" / lang])
+        passages_CxD = np.concatenate(vectors.blocks).astype(np.float32)
+        scores_QxC = vectors.queries_QxD[[place[qid] for qid in qids]] @ passages_CxD.T
+        run = {}
+        for q, qid in enumerate(qids):
+            scores_QxC[q, collection.rows(list(shown[qid]))] = -np.inf
+            best = np.argsort(-scores_QxC[q])[:10]
+            run[qid] = dict(zip(collection.docids(best), scores_QxC[q, best].tolist(), strict=True))
+        qrels = {qid: dict.fromkeys(hidden[lang][qid], 1) for qid in qids}
+        means[lang] = float(np.mean(list(metrics.evaluate_run(qrels, run, ("ndcg@10",))["ndcg@10"].values())))
+    return metrics.macro_average(means)
+
+
 def page(found: Mapping[str, Any], cells: pathlib.Path, hidden: Hidden, seeds: int) -> str:
-    counts = {}
-    for row, name in ((PLAIN, "no-filter"), (RULES, "rule-filter-percpos-95"), (JUDGED, "judged-by-an-oracle")):
-        counts[row] = np.mean([met(cells / f"{name}-{seed}", hidden) for seed in range(seeds)], axis=0)
-    headers = ["", "hidden among the candidates", "among the negatives"]
-    table = tabulate([[row, *(f"{n:,.0f}" for n in of)] for row, of in counts.items()], headers, "github", disable_numparse=True,
-                     colalign=("left", "right", "right"))  # fmt: skip
+    rows = []
+    for name in (PLAIN, RULES, JUDGED):
+        own = [cells / f"{ablate.Row('', name, None).slug}-{seed}" for seed in range(seeds)]
+        candidates, chosen = np.mean([met(cell, hidden) for cell in own], axis=0)
+        again = [found_again(cell, hidden) for cell in own]
+        spread = f"{min(again):.3f} to {max(again):.3f}"
+        rows.append([name, f"{candidates:,.0f}", f"{chosen:,.0f}", f"{np.mean(again):.3f}", spread])
+    headers = ["", "hidden among the candidates", "among the negatives", "nDCG@10 of the hidden", "over the seeds"]
+    table = tabulate(rows, headers, "github", disable_numparse=True, colalign=["left"] + ["right"] * 4)
     queries = sum(len(of) for of in hidden.values())
     total = sum(len(docids) for of in hidden.values() for docids in of.values())
     return f"{total:,} positives of {queries:,} queries are hidden; mean over the seeds:\n\n{table}\n\n{ablate.page(found, 'github')}"
