@@ -4,8 +4,8 @@
 
 trains the quickstart's encoder from scratch first. After any other recipe (`star`, `dmdr`, a checkpoint), from its export:
     --config configs/adore.py:after --config.encoder.name=runs/star/export
-for a transformer with --config.encode.passages=runs/star too, which takes that run's vectors instead of encoding the
-collection again. Behind the colon further: msmarco (the published settings, on STAR's export), or smoke.
+and from a transformer's with :transformer instead, and with --config.encode.passages=runs/star, which takes that run's vectors
+instead of encoding the collection again. Behind the colon further: msmarco (the published settings, on STAR's export), or smoke.
 
 The passages' vectors lie on the devices, N x D x 2 bytes in bfloat16 over all of them (int8 halves that and keeps a float32
 copy for rescoring); docs/performance.md has the table for 8.8 M passages. The default needs 2 CPU cores, 4 GB of memory and a
@@ -17,9 +17,9 @@ Documents, dev MRR@100 / R@100, DL 2019 nDCG@10: .362 / .884, .580; .361 / .885,
 about an hour an epoch with search on a GPU, and most of the gain after one.
 """
 
-from configs import default, quickstart
+from configs import default, quickstart, star
 
-VARIANTS = ("after", "msmarco")
+VARIANTS = ("after", "transformer", "msmarco")
 
 
 def get_config(arg=""):
@@ -29,8 +29,10 @@ def get_config(arg=""):
         c.name = "adore"
         c.encoder.towers = "untied"
         adore(c.train)
-        if variant:
+        if variant == "after":
             c.warmup.epochs = 0.0
+        if variant == "transformer":
+            star.from_checkpoint(c, 5e-6)
         if variant == "msmarco":
             msmarco(c)
     return default.smoke(c, rest, VARIANTS)
@@ -48,8 +50,7 @@ def msmarco(c):
     """The settings of the authors' code for MS MARCO passages; one epoch, which brings most of the gain, instead of six."""
     c.encoder.name, c.encoder.pooling, c.encoder.normalize = "runs/star/export", "cls", False
     c.encoder.query_length, c.encoder.passage_length = 64, 256
+    star.from_checkpoint(c, 5e-6)
     t = c.train
     t.objective.temperature, t.epochs, t.batch_size = 1.0, 1.0, 32
-    t.learning_rate, t.learning_rates = 5e-6, ()
-    t.weight_decay, t.no_decay, t.clip = 0.01, "bias$|_norm/scale$", 1.0
-    t.warmup_share, t.checkpoint_every = 0.02, 2000
+    star.optimise_and_evaluate(c)

@@ -20,17 +20,20 @@ from jdmdr.types import UserError
 KEY = "encode.passages"
 STAGES = ("embeddings", "embeddings-warmup")  # of a working directory, the first that is there
 PASSAGES = "passages"
+TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")  # padding is no part of it
 
 
-def origin(config: encoders.EncoderConfig, params: Any, section: Any) -> dict[str, Any]:
+def origin(config: encoders.EncoderConfig, params: Any, section: Any, tokenizer_dir: pathlib.Path) -> dict[str, Any]:
     """What made the vectors of passages: the tower's parameters and everything else that they depend on.
 
     Args:
       section: the recipe's `encoder` keys.
     """
+    tokenizer = workdir.read_json(tokenizer_dir / "tokenizer.json")
     tower = encoders.build(config).tower(params, "passage")
     return {
         "parameters_sha256": models.fingerprint(tower),
+        "tokenizer_sha256": workdir.digest({key: tokenizer[key] for key in TOKENIZER_PARTS}),
         "width": config.embedding_width,
         "pooling": config.pooling,
         "normalize": config.normalize,

@@ -258,7 +258,7 @@ class Recipe(Workspace):
         """Embeddings by the encoder that training starts from, or the passages' taken from elsewhere."""
         model, source = self._model("warmup"), self.config.encode.passages
         if source:
-            made_by = embeddings.origin(*model, self.config.encoder)
+            made_by = self._origin(model)
             langs = self.library.langs, self.library.collections
             embeddings.take(pathlib.Path(source), self.directory, *langs, made_by, out_dir)
         return self._embed_own(model, out_dir, passages=not source)
@@ -268,7 +268,7 @@ class Recipe(Workspace):
         model, before = self._final_model(), self.directory / "embeddings-warmup"
         c = self.config
         unchanged = c.train.objective.name in objectives.SEARCHING and (
-            embeddings.origin(*model, c.encoder) == workdir.counts_of(self.directory, before.name)["passages"]
+            self._origin(model) == workdir.counts_of(self.directory, before.name)["passages"]
         )
         for lang in self.library.langs if unchanged else ():
             embeddings.link(before / lang, out_dir / lang)
@@ -277,10 +277,14 @@ class Recipe(Workspace):
     def _embed_own(
         self, model: tuple[encoders.EncoderConfig, Any], out_dir: pathlib.Path, passages: bool
     ) -> dict[str, Any]:
-        return self._embed(
+        counts = self._embed(
             model, self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
             self.library.topics(), out_dir, passages,
         )  # fmt: skip
+        return {**counts, "passages": self._origin(model)}
+
+    def _origin(self, model: tuple[encoders.EncoderConfig, Any]) -> dict[str, Any]:
+        return embeddings.origin(*model, self.config.encoder, self.directory / "tokenizer")
 
     # An encoder of the ensemble has a tokenizer, prompts and lengths of its own, and sees the training queries alone.
 

@@ -14,7 +14,6 @@ from ml_collections import ConfigDict
 from jdmdr import (
     corpus,
     datasets,
-    embeddings,
     encode,
     encoders,
     expand,
@@ -148,7 +147,6 @@ class Workspace:
         return {
             "encoder": encoder_config.to_dict(),
             "similarity": "cosine" if encoder_config.normalize else "dot",
-            "passages": embeddings.origin(encoder_config, params, section),
         }
 
     def _mined_langs(self) -> list[str]:
