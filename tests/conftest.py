@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import runpy
+import signal
 import subprocess
 import sys
 import textwrap
@@ -16,6 +17,14 @@ from jdmdr.types import Tokens
 REPO = pathlib.Path(__file__).parents[1]
 TINYPEDIA = REPO / "third_party" / "tinypedia"
 SHARED = REPO.parent / "shared" / "data"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def heed_ctrl_c():
+    """Tests run in the background of a script, and so what they start, would else inherit that Ctrl-C is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

@@ -28,14 +28,6 @@ def words(root, directory, *more):
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def heed_ctrl_c():
-    """Tests run in the background of a script, and so what they start, would else inherit that Ctrl-C is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def start(root, directory, *more, module="jdmdr.pipeline"):
     return subprocess.Popen(
         [sys.executable, "-m", module, *words(root, directory, *more)],
