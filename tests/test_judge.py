@@ -475,7 +475,8 @@ def test_a_server_that_dies_in_the_middle_loses_nothing(finished, tmp_path):
             judged(finished, config, tmp_path)
     with serve(good) as server:
         judged(finished, settings(finished, server.base_url), tmp_path)
-        assert len(server.requests) == total - 20
+        # what was on its way when the run stopped is asked again, and nothing else
+        assert 0 <= len(server.requests) - (total - 20) <= config.llm.concurrency
     assert written(tmp_path) == written(tmp_path / "whole")
 
 
