@@ -174,7 +174,7 @@ def _needs(devices: int, dtype: str, batch_size: int = 32, K: int = 200, positiv
     C, D = MSMARCO
     C = -(-C // (devices * resident.GROUP)) * devices * resident.GROUP
     wide = functools.partial(array, (C, D), spec=PartitionSpec("data"))
-    placed = resident.Resident(wide(dtype=jnp.dtype(dtype)), wide(dtype=jnp.dtype(dtype)), None)
+    placed = resident.Resident(wide(dtype=jnp.dtype(dtype)), None, None)
     if dtype == "int8":
         placed = resident.Resident(
             wide(dtype=jnp.int8), wide(dtype=jnp.float32), array((C,), jnp.float32, PartitionSpec("data"))

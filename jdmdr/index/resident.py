@@ -30,12 +30,12 @@ RESCORED = 2  # times k rows are found in int8 and scored again in float32
 class Resident(NamedTuple):
     """C rows padded to a multiple of devices x GROUP; rows from `C` on are zero and never found (a pytree).
 
-    `search_CxD` is what is searched; int8 rows have a scale each, and `exact_CxD` gives the scores. For bfloat16 and
-    float32 both are one array.
+    `search_CxD` is what is searched; int8 rows have a scale each, and `exact_CxD` gives the scores. bfloat16 and float32 rows
+    have neither: they give the scores themselves.
     """
 
     search_CxD: jax.Array
-    exact_CxD: jax.Array
+    exact_CxD: jax.Array | None
     scale_C: jax.Array | None
 
 
@@ -69,8 +69,7 @@ def place(blocks: Sequence[np.ndarray], mesh: Mesh, dtype: str) -> Resident:
 
     wide = (padded, width)
     if dtype != "int8":
-        found = array(lambda part: part.astype(jnp.dtype(dtype)), wide)
-        return Resident(found, found, None)
+        return Resident(array(lambda part: part.astype(jnp.dtype(dtype)), wide), None, None)
     return Resident(
         array(lambda part: np.rint(part / _scale(part)[:, None]).astype(np.int8), wide),
         array(lambda part: part, wide),
@@ -129,7 +128,8 @@ def scores(resident: Resident, q_BxD: jax.Array, rows_BxM: jax.Array, mesh: Mesh
         return jax.lax.psum(jnp.where(own_BxM, scores_BxM, 0.0), "data")
 
     score = jax.shard_map(on_device, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P())
-    return score(resident.exact_CxD, q_BxD.astype(jnp.float32), rows_BxM)
+    exact_CxD = resident.search_CxD if resident.exact_CxD is None else resident.exact_CxD
+    return score(exact_CxD, q_BxD.astype(jnp.float32), rows_BxM)
 
 
 def _products(q_BxD: jax.Array, rows_CxD: jax.Array) -> jax.Array:
