@@ -257,31 +257,36 @@ class Recipe(Workspace):
     def embed_first(self, out_dir: pathlib.Path) -> dict[str, Any]:
         """Embeddings by the encoder that training starts from, or the passages' taken from elsewhere."""
         model, source = self._model("warmup"), self.config.encode.passages
+        made_by = self._origin(model)
         if source:
-            made_by = self._origin(model)
             langs = self.library.langs, self.library.collections
             embeddings.take(pathlib.Path(source), self.directory, *langs, made_by, out_dir)
-        return self._embed_own(model, out_dir, passages=not source)
+        return self._embed_own(model, made_by, out_dir, passages=not source)
 
     def embed_last(self, out_dir: pathlib.Path) -> dict[str, Any]:
         """Embeddings by the trained encoder; passages whose tower did not train keep the vectors they have."""
         model, before = self._final_model(), self.directory / "embeddings-warmup"
         c = self.config
+        made_by = self._origin(model)
         unchanged = c.train.objective.name in objectives.SEARCHING and (
-            self._origin(model) == workdir.counts_of(self.directory, before.name)["passages"]
+            made_by == workdir.counts_of(self.directory, before.name)["passages"]
         )
         for lang in self.library.langs if unchanged else ():
             embeddings.link(before / lang, out_dir / lang)
-        return self._embed_own(model, out_dir, passages=not unchanged)
+        return self._embed_own(model, made_by, out_dir, passages=not unchanged)
 
     def _embed_own(
-        self, model: tuple[encoders.EncoderConfig, Any], out_dir: pathlib.Path, passages: bool
+        self,
+        model: tuple[encoders.EncoderConfig, Any],
+        made_by: Mapping[str, Any],
+        out_dir: pathlib.Path,
+        passages: bool,
     ) -> dict[str, Any]:
         counts = self._embed(
             model, self.config.encoder, self.directory / "tokens", self.vocab_size, self.library.langs,
             self.library.topics(), out_dir, passages,
         )  # fmt: skip
-        return {**counts, "passages": self._origin(model)}
+        return {**counts, "passages": made_by}
 
     def _origin(self, model: tuple[encoders.EncoderConfig, Any]) -> dict[str, Any]:
         return embeddings.origin(*model, self.config.encoder, self.directory / "tokenizer")

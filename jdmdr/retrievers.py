@@ -171,7 +171,8 @@ def at_random(lang: str, collection_rows: int, seed: int) -> Retriever:
 
     def search(rows: np.ndarray, k: int) -> Hits:
         k = min(k, collection_rows)
-        drawn = [hashing.rng(seed, "random retriever", lang, int(row)).permutation(collection_rows)[:k] for row in rows]
+        rngs = (hashing.rng(seed, "random retriever", lang, int(row)) for row in rows)
+        drawn = [rng.choice(collection_rows, k, replace=False) for rng in rngs]
         return Hits(np.array(drawn, np.int64).reshape(-1, k), np.tile(-np.arange(k, dtype=np.float32), (len(rows), 1)))
 
     return Retriever(search)
