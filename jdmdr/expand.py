@@ -30,7 +30,7 @@ from jdmdr import judge, mine, negatives, progress, requery, retrievers
 from jdmdr.corpus import Collection, passage_text, write_jsonl
 from jdmdr.filters import KEPT, Candidates, Context, Filter, apply_filters, rules_from_config
 from jdmdr.judge import counts_table
-from jdmdr.library import Library, TrainingQuery
+from jdmdr.library import Library, TrainingQuery, used_in_training
 from jdmdr.llm import Ask, Client, Plan, counting, prompts
 from jdmdr.llm.client import Request
 from jdmdr.llm.generate import QUERY, SUMMARISE, SUMMARY, Generated, generate
@@ -49,7 +49,7 @@ class Language:
         index = library.langs.index(lang)
         self.lang, self.config = lang, config
         self.collection, self.base = library.collections[index], int(library.bases[index])
-        self.queries = [q for q in training if q.lang == index and not q.held_out]
+        self.queries = used_in_training(training, index)
         self._by_qid = {q.qid: q for q in self.queries}
         self.shorts = self._shorts(mined_dir, judged_dir)
 

@@ -39,7 +39,7 @@ from jdmdr.filters import (
     rules_from_config,
 )
 from jdmdr.filters.rules import SCORE_RULES, Column, percent_of_positive
-from jdmdr.library import Library, TrainingQuery, docid_lookup
+from jdmdr.library import Library, TrainingQuery, docid_lookup, used_in_training
 from jdmdr.llm import calibration, counting, judge_audit
 from jdmdr.llm.client import Client, Request
 from jdmdr.llm.counting import Counter
@@ -98,7 +98,7 @@ def work_of(
 ) -> list[Work]:
     """What there is to judge in a language; `judge.queries` of its training queries, chosen by a hash."""
     index = library.langs.index(lang)
-    queries = [q for q in training if q.lang == index and not q.held_out]
+    queries = used_in_training(training, index)
     if not queries:
         return []
     collection, base = library.collections[index], int(library.bases[index])

@@ -100,6 +100,11 @@ class Library:
         return rows[rows >= 0] + self.bases[lang]
 
 
+def used_in_training(training: Sequence[TrainingQuery], lang: int) -> list[TrainingQuery]:
+    """The training queries of one language that are not held out, in their order."""
+    return [q for q in training if q.lang == lang and not q.held_out]
+
+
 def docid_lookup(collection: Collection, lists: Iterable[Hits]) -> Callable[[int], str]:
     """row -> docid for the rows of these hits, read once: runs repeat the same passages many times."""
     found = np.unique(np.concatenate([hits.rows_QxK.ravel() for hits in lists]))

@@ -19,7 +19,7 @@ import numpy as np
 from jdmdr import metrics, retrievers
 from jdmdr.corpus import Collection
 from jdmdr.index.fusion import concat_vectors, fuse, inverse_sigma_weights
-from jdmdr.library import Library, TrainingQuery, docid_lookup
+from jdmdr.library import Library, TrainingQuery, docid_lookup, used_in_training
 from jdmdr.retrievers import ENSEMBLE, Retriever, Vectors
 from jdmdr.types import NO_HIT, Hits, UserError
 
@@ -196,7 +196,7 @@ def _work(library: Library, training: Sequence[TrainingQuery]) -> list[tuple[int
     out = []
     first_row = 0  # of the language's queries among those of all languages
     for index, lang in enumerate(library.langs):
-        queries = [q for q in training if q.lang == index and not q.held_out]
+        queries = used_in_training(training, index)
         if queries:
             out.append((index, queries, np.array([q.row - first_row for q in queries])))
         first_row += len(library.queries(lang, "train")[0])

@@ -37,7 +37,7 @@ from jdmdr.filters import (
     explain,
     rules_from_config,
 )
-from jdmdr.library import Library, TrainingQuery, docid_lookup
+from jdmdr.library import Library, TrainingQuery, docid_lookup, used_in_training
 from jdmdr.mine import Mined, candidate_pool, read_mined
 from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
@@ -218,7 +218,7 @@ def make(
     scored: dict[str, dict[str, explain.Scored]] = {name: {} for name in names}
     sheet: list[list[str]] = []
     for index, lang in enumerate(progress.bar(library.langs, "  filtering", "languages")):
-        queries = [q for q in training if q.lang == index and not q.held_out]
+        queries = used_in_training(training, index)
         if not queries:
             continue
         collection, base, qids = library.collections[index], int(library.bases[index]), [q.qid for q in queries]

@@ -19,7 +19,7 @@ from scipy.special import expit
 from jdmdr import progress
 from jdmdr.corpus import Collection, passage_text
 from jdmdr.filters.rules import Column
-from jdmdr.library import Library, TrainingQuery
+from jdmdr.library import Library, TrainingQuery, used_in_training
 from jdmdr.mine import SCORES, read_mined
 from jdmdr.types import NO_HIT
 from jdmdr.workdir import atomic
@@ -31,7 +31,7 @@ def score(
     """Scores every language's candidates by a `pairs.Scorer`; a language that is done stays. Returns the counts of pairs."""
     counts = {}
     for index, lang in enumerate(library.langs):
-        queries = [q for q in training if q.lang == index and not q.held_out]
+        queries = used_in_training(training, index)
         if not queries:
             continue
         mined = read_mined(mined_dir, lang, [])
