@@ -53,6 +53,7 @@ def get_config():
     c.encoder.passage_prompt = ""  # before every passage, e.g. "passage: "
     c.encoder.query_length = 64  # tokens, special tokens included
     c.encoder.passage_length = 256  # tokens, special tokens included
+    c.encoder.window = 0  # of sliding-window attention: neighbours that a token sees; 0: what the checkpoint has
     c.encoder.dtype = ""  # float32 | bfloat16 of the matmuls; empty: bfloat16 on GPU and TPU, float32 on CPU
     c.encoder.remat = False  # recompute activations in the backward pass: less memory, about a third more time
 

@@ -68,7 +68,7 @@ SECTION_CHOICES = {
     "optimiser": OPTIMISERS,
 }
 AT_LEAST = {
-    "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.query_length": 1, "encoder.passage_length": 1,
+    "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.window": 0, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.passage_chars": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
     "judge.depth": 1, "judge.max_tokens": 1, "judge.passage_chars": 1, "judge.calibrate": 0, "judge.least_precision": 0, "judge.least_recall": 0,

@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from jdmdr import encoders
 from jdmdr.encoders import static
+from jdmdr.encoders.lengthen import lengthen
 from jdmdr.optim import named_leaves
 from jdmdr.tokenizer import TokenStore
 from jdmdr.types import UserError
@@ -33,6 +34,10 @@ def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tup
     if section.name:
         config, params = _checkpoint(section, vocab_size)
     else:
+        if section.window:
+            raise UserError(
+                f"encoder.window is {section.window}, but the from-scratch encoder has no attention; leave it 0"
+            )
         config = encoders.EncoderConfig(
             kind="static", vocab_size=vocab_size, width=section.width, pooling="mean", normalize=section.normalize
         )
@@ -68,10 +73,12 @@ def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, 
             )
         config, params = dataclasses.replace(config, towers="untied"), {"query": params, "passage": passage_params}
     longest = max(section.query_length, section.passage_length)
+    if section.window:
+        config, params = lengthen(config, params, longest, section.window)
     if config.kind == "transformer" and longest > config.usable_positions:
         raise UserError(
             f"encoder.passage_length is {longest}, but {section.name} has room for {config.usable_positions} tokens; "
-            "lower encoder.query_length and encoder.passage_length"
+            "lower encoder.query_length and encoder.passage_length, or set encoder.window"
         )
     if vocab_size > config.vocab_size:
         raise UserError(

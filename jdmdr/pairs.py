@@ -13,6 +13,7 @@ import numpy as np
 
 from jdmdr import encoders, models, parallel, progress, tokenizer
 from jdmdr.encode import InBlocks
+from jdmdr.encoders.long_attention import MOST_GLOBAL
 from jdmdr.encoders.pretrained import find_checkpoint
 from jdmdr.tokenizer import CHARACTERS_PER_TOKEN
 from jdmdr.types import Tokens, UserError
@@ -100,14 +101,16 @@ class Pairs:
         """The sequences of `rows` padded with id 0 to `width` tokens, which none exceeds."""
         ids, mask = np.zeros((2, len(rows), width), np.int32)
         segments = np.zeros((len(rows), width), np.int32) if self._segments else None
+        prefix = np.zeros((len(rows), 1), np.int32)  # a long document is read with its query in sight
         for i, row in enumerate(rows):
             parts = self._parts(row)
             sequence = np.concatenate(parts)
             ids[i, : len(sequence)] = sequence
             mask[i, : len(sequence)] = 1
+            prefix[i] = sum(map(len, parts[:3]))
             if self._segments:
                 segments[i, : len(sequence)] = np.repeat(self._template.segments, [len(part) for part in parts])
-        return Tokens(ids, mask, segments)
+        return Tokens(ids, mask, segments, prefix)
 
     def _parts(self, row: int) -> tuple[np.ndarray, ...]:
         t, query = self._template, self._queries[self._query_N[row]]
@@ -134,6 +137,9 @@ class Scorer:
         if self.tokenizer.vocab_size > config.vocab_size:
             raise UserError(f"the tokenizer of {section.name} has {self.tokenizer.vocab_size} tokens, but its weights have "
                             f"vectors for {config.vocab_size}; they do not belong together")  # fmt: skip
+        if config.window:  # a query is read with all of the document in sight, and so many tokens can be
+            around = len(self.tokenizer.template.prefix) + len(self.tokenizer.template.middle)
+            self.tokenizer.longest_query = min(self.tokenizer.longest_query, MOST_GLOBAL - around)
         self.piece = PIECE.get(jax.default_backend(), PIECE["gpu"]) * mesh.devices.size
         self._segments = self.tokenizer.uses_segments and config.type_vocab > 1
         self._params = jax.device_put(params, parallel.replicated(mesh))

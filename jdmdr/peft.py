@@ -37,7 +37,7 @@ def _save_tower(
 ) -> None:
     leaves = dict(named_leaves(adapters))
     tensors, modules = {}, []
-    for ours, theirs, transposed in huggingface.tensor_names(config.layers):
+    for ours, theirs, transposed in huggingface.tensor_names(config):
         if f"{ours}/a" in leaves:
             module = theirs.removesuffix(".weight")
             modules.append(module)

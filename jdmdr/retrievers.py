@@ -124,6 +124,7 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
     directory = pretrained.find_checkpoint(spec.source)
     with own.unlocked(), own.ignore_type():
         own.projection, own.projection_norm, own.towers, own.remat, own.passage_name = 0, False, "", False, ""
+        own.window = 0
         if spec.preset:
             own.update(PRESETS[spec.preset].encoder())
             own.name = str(directory)

@@ -53,9 +53,12 @@ class Hits(NamedTuple):
 class Tokens(NamedTuple):
     """A block of token sequences, padded on the right. `mask` is 1 on real tokens.
 
-    `segments` tell the texts of a pair apart where an encoder has vectors for that; None is 0 everywhere.
+    `segments` tell the texts of a pair apart where an encoder has vectors for that; None is 0 everywhere. `prefix` counts
+    the leading tokens of each row that see, and are seen by, the whole text in sliding-window attention; None is for a
+    text that stands alone.
     """
 
     ids_BxT: np.ndarray  # int32
     mask_BxT: np.ndarray  # int32
     segments_BxT: np.ndarray | None = None  # int32
+    prefix_Bx1: np.ndarray | None = None  # int32

@@ -14,7 +14,7 @@ Params = Any  # nested dict of float32 arrays
 
 CHOICES = {
     "kind": ("transformer", "static"),
-    "family": ("bert", "roberta", "xlm-roberta"),
+    "family": ("bert", "roberta", "xlm-roberta", "longformer"),
     "activation": ("gelu", "gelu_tanh", "relu"),
     "pooling": ("cls", "mean", "last"),
     "dtype": ("float32", "bfloat16"),
@@ -52,6 +52,7 @@ class EncoderConfig:
     heads: int = 1
     ffn: int = 0  # width of the feed-forward layer
     max_positions: int = 0  # rows of the position table
+    window: int = 0  # longformer: neighbours that a token sees, half on each side (encoders/long_attention.py)
     type_vocab: int = 1
     activation: str = "gelu"
     layer_norm_eps: float = 1e-12
@@ -70,6 +71,12 @@ class EncoderConfig:
         if self.kind == "transformer" and self.width % self.heads:
             raise UserError(
                 f"encoder.width is {self.width}, which {self.heads} heads do not divide; change one of them"
+            )
+
+        if (self.window > 0) != (self.family == "longformer") or self.window % 2:
+            raise UserError(
+                f"encoder.window is {self.window} with family {self.family}; an even number of neighbours goes with longformer, "
+                "and 0 with the others"
             )
 
     @property

@@ -18,7 +18,12 @@ from jdmdr.encoders import torch_file
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.types import UserError
 
-ARCHITECTURES = {"bert": "BertModel", "roberta": "RobertaModel", "xlm-roberta": "XLMRobertaModel"}
+ARCHITECTURES = {
+    "bert": "BertModel",
+    "roberta": "RobertaModel",
+    "xlm-roberta": "XLMRobertaModel",
+    "longformer": "LongformerModel",
+}
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -49,7 +54,7 @@ CONFIG_DEFAULTS = {
     "hidden_act": "gelu",
 }
 ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
-PAD_DEFAULTS = {"bert": 0, "roberta": 1, "xlm-roberta": 1}
+PAD_DEFAULTS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "longformer": 1}
 
 # Our module name on the left, the checkpoint's on the right.
 TABLES = {"word": "word_embeddings", "position": "position_embeddings", "type": "token_type_embeddings"}
@@ -61,6 +66,10 @@ LAYER_DENSE = {
     "ffn_in": "intermediate.dense",
     "ffn_out": "output.dense",
 }
+# What a sliding window has beside them, for the tokens that see everything.
+LAYER_GLOBAL = {
+    f"attention/{name}": f"attention.self.{name}" for name in ("query_global", "key_global", "value_global")
+}
 LAYER_NORM = {"attention_norm": "attention.output.LayerNorm", "ffn_norm": "output.LayerNorm"}
 # The head of a sequence classifier: a dense layer over the first token, tanh, and a score a label.
 ROBERTA_HEAD = {"head/dense": "classifier.dense", "head/out": "classifier.out_proj"}
@@ -68,9 +77,10 @@ HEADS = {
     "bert": {"head/dense": "pooler.dense", "head/out": "classifier"},
     "roberta": ROBERTA_HEAD,
     "xlm-roberta": ROBERTA_HEAD,
+    "longformer": ROBERTA_HEAD,
 }
 
-PREFIX = re.compile(r"^(bert|roberta)\.")
+PREFIX = re.compile(r"^(bert|roberta|longformer)\.")
 # Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
 NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(position_ids|token_type_ids)$)")
 # The head of RoBERTa dual encoders as ANCE, STAR and ADORE publish them (`rdot_nll`): linear layer, then LayerNorm.
@@ -86,13 +96,14 @@ OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm
 Names = Iterator[tuple[str, str, bool]]  # our slash-joined path, the checkpoint's tensor name, whether it is transposed
 
 
-def tensor_names(layers: int) -> Names:
+def tensor_names(config: EncoderConfig) -> Names:
     """The names of every parameter of an encoder."""
+    dense = LAYER_DENSE | (LAYER_GLOBAL if config.window else {})
     for ours, theirs in TABLES.items():
         yield f"embeddings/{ours}", f"embeddings.{theirs}.weight", False
     norms = {"embeddings/norm": "embeddings.LayerNorm"}
-    for i in range(layers):
-        for ours, theirs in LAYER_DENSE.items():
+    for i in range(config.layers):
+        for ours, theirs in dense.items():
             yield f"layer_{i}/{ours}/kernel", f"encoder.layer.{i}.{theirs}.weight", True
             yield f"layer_{i}/{ours}/bias", f"encoder.layer.{i}.{theirs}.bias", False
         norms |= {f"layer_{i}/{ours}": f"encoder.layer.{i}.{theirs}" for ours, theirs in LAYER_NORM.items()}
@@ -145,10 +156,20 @@ def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderCon
     if missing:
         raise UserError(f"{path}: no {', '.join(missing)}; add what the checkpoint was trained with")
     original = {key: value for key, value in found.items() if key != "_name_or_path"}  # a path of somebody's machine
+    window = _window(path, found) if family == "longformer" else 0
     return EncoderConfig(
-        kind="transformer", family=family, activation=ACTIVATIONS[values["hidden_act"]], pooling=pooling,
+        kind="transformer", family=family, window=window, activation=ACTIVATIONS[values["hidden_act"]], pooling=pooling,
         normalize=normalize, original=original, **{ours: values[key] for key, ours in CONFIG_KEYS.items()},
     )  # fmt: skip
+
+
+def _window(path: pathlib.Path, found: Mapping[str, Any]) -> int:
+    """The window that all layers of a Longformer have."""
+    windows = found.get("attention_window", 512)
+    windows = {windows} if isinstance(windows, int) else set(windows)
+    if len(windows) != 1:
+        raise UserError(f"{path}: attention_window is {sorted(windows)}; only one window for all layers can be loaded")
+    return windows.pop()
 
 
 def _family(directory: pathlib.Path) -> str | None:
@@ -259,7 +280,7 @@ def _own_tensors(directory: pathlib.Path, keep: Sequence[str] = ()) -> dict[str,
 def _encoder_leaves(
     directory: pathlib.Path, config: EncoderConfig, tensors: dict[str, np.ndarray]
 ) -> dict[str, jax.Array]:
-    names = list(tensor_names(config.layers))
+    names = list(tensor_names(config))
     expected = {theirs for _, theirs, _ in names}
     for problem, found in (("lacks", expected - tensors.keys()), ("has unexpected", tensors.keys() - expected)):
         if found:
@@ -327,8 +348,7 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
     tensors = {
-        theirs: leaves[ours].T if transposed else leaves[ours]
-        for ours, theirs, transposed in tensor_names(config.layers)
+        theirs: leaves[ours].T if transposed else leaves[ours] for ours, theirs, transposed in tensor_names(config)
     }
     save_tensors(tensors, directory / "model.safetensors")
     original = {k: v for k, v in (config.original or {}).items() if k != "torch_dtype"}
@@ -339,6 +359,7 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
         **original,
         "architectures": [ARCHITECTURES[config.family]],
         "model_type": config.family,
+        **({"attention_window": [config.window] * config.layers} if config.window else {}),
         "hidden_act": activation,
         "dtype": "float32",
         **{key: getattr(config, ours) for key, ours in CONFIG_KEYS.items()},

@@ -1,6 +1,8 @@
-"""The transformer encoder: BERT, RoBERTa and XLM-R (Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020).
+"""The transformer encoder: BERT, RoBERTa, XLM-R and Longformer (Devlin et al. 2019, Liu et al. 2019, Conneau et al. 2020,
+Beltagy et al. 2020).
 
-One implementation for mBERT, mDPR, mE5, BGE-M3, MiniLM and their kin; the families differ in where position ids start.
+One implementation for mBERT, mDPR, mE5, BGE-M3, MiniLM and their kin; the families differ in where position ids start, and
+Longformer in its attention.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import jax.numpy as jnp
 from jdmdr.encoders.attention import SelfAttention
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.encoders.layers import Dense, LayerNorm
+from jdmdr.encoders.long_attention import MOST_GLOBAL, SlidingAttention
 from jdmdr.encoders.pooling import POOLINGS
 from jdmdr.types import Tokens, UserError
 
@@ -54,12 +57,19 @@ class Layer(nn.Module):
     """Self-attention and a feed-forward layer, each with a residual and LayerNorm after it."""
 
     config: EncoderConfig
+    most_global: int = 0  # with a window
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, prefix_Bx1: jax.Array | None, deterministic: bool
+    ) -> jax.Array:
         c = self.config
         dropout = nn.Dropout(c.hidden_dropout, deterministic=deterministic)
-        y_BxTxD = SelfAttention(c.heads, c.attention_dropout, name="attention")(x_BxTxD, mask_BxT, deterministic)
+        if c.window:
+            attention = SlidingAttention(c.heads, c.attention_dropout, c.window, self.most_global, name="attention")
+            y_BxTxD = attention(x_BxTxD, mask_BxT, prefix_Bx1, deterministic)
+        else:
+            y_BxTxD = SelfAttention(c.heads, c.attention_dropout, name="attention")(x_BxTxD, mask_BxT, deterministic)
         x_BxTxD = LayerNorm(c.layer_norm_eps, name="attention_norm")(x_BxTxD + dropout(y_BxTxD))
         y_BxTxD = ACTIVATIONS[c.activation](Dense(c.ffn, name="ffn_in")(x_BxTxD))
         y_BxTxD = Dense(c.width, name="ffn_out")(y_BxTxD)
@@ -73,10 +83,15 @@ class Transformer(nn.Module):
 
     @nn.compact
     def __call__(self, tokens: Tokens, deterministic: bool) -> jax.Array:
-        layer = nn.remat(Layer, static_argnums=(3,)) if self.config.remat else Layer
-        x_BxTxD = Embeddings(self.config, name="embeddings")(tokens, deterministic)
-        for i in range(self.config.layers):
-            x_BxTxD = layer(self.config, name=f"layer_{i}")(x_BxTxD, tokens.mask_BxT, deterministic)
+        c = self.config
+        layer = nn.remat(Layer, static_argnums=(4,)) if c.remat else Layer
+        prefix_Bx1, most_global = tokens.prefix_Bx1, MOST_GLOBAL
+        if prefix_Bx1 is None:  # a text alone: what is pooled from its first token must have seen all of it
+            most_global = 1 if c.pooling == "cls" else 0
+            prefix_Bx1 = jnp.full((len(tokens.mask_BxT), 1), most_global)
+        x_BxTxD = Embeddings(c, name="embeddings")(tokens, deterministic)
+        for i in range(c.layers):
+            x_BxTxD = layer(c, most_global, name=f"layer_{i}")(x_BxTxD, tokens.mask_BxT, prefix_Bx1, deterministic)
         return x_BxTxD
 
 

@@ -13,7 +13,10 @@ import pytest
 import tokenizers
 
 from jdmdr import encoders, lora, pairs, parallel, peft
+from jdmdr.encoders import huggingface
 from jdmdr.encoders.config import EncoderConfig
+from jdmdr.encoders.lengthen import lengthen
+from jdmdr.encoders.transformer import TransformerEncoder
 from jdmdr.export import export
 from jdmdr.tokenizer import Tokenizer, copy_pretrained, train_unigram
 from jdmdr.types import Tokens
@@ -207,3 +210,29 @@ def test_peft_adds_our_adapters_to_the_checkpoint_as_we_do(tmp_path):
     )
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), after, atol=1e-5)
     assert np.abs(after - before).max() > 0.1
+
+
+def test_transformers_longformer_computes_what_a_lengthened_encoder_does(tmp_path):
+    for family in ("bert", "xlm-roberta"):
+        config, params = encoders.load_pretrained(GOLDENS / family)
+        config, params = lengthen(config, params, 90, 8)
+        params = disturbed(params, 3)  # the projections of global tokens are others than those of the rest
+        segments_used = config.type_vocab > 1
+        mask = (np.arange(64) < np.array([[64], [41]])).astype(np.int32)
+        ids = np.random.default_rng(0).integers(5, 190, mask.shape).astype(np.int32)
+        ids = np.where(mask > 0, ids, config.pad_token_id)
+        prefix = np.array([[7], [5]], np.int32)
+        segments = ((np.arange(64) >= prefix) & (mask > 0) & segments_used).astype(np.int32)
+        home = tmp_path / family
+        home.mkdir()
+        huggingface.write_checkpoint(config, params, home)
+        np.savez(home / "tokens.npz", ids=ids, mask=mask, segments=segments, prefix=prefix)
+        run_with_torch("long_with_torch.py", home, home / "tokens.npz", home / "out.npz")
+        found = np.load(home / "out.npz")
+        encoder = TransformerEncoder(config)
+        ours = encoder.apply(params, Tokens(ids, mask, segments if segments_used else None, prefix), "tokens")
+        np.testing.assert_allclose(np.asarray(ours) * mask[..., None], found["hidden"] * mask[..., None], atol=2e-4)
+        assert found["again"] == 0
+        back, back_params = encoders.load_pretrained(home / "out.npz.saved")  # as transformers wrote it
+        assert dataclasses.replace(back, original=None) == dataclasses.replace(config, original=None)
+        jax.tree.map(np.testing.assert_array_equal, back_params, params)
