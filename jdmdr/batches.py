@@ -63,6 +63,7 @@ class BatchShapes(NamedTuple):
     """Everything that fixes the shapes of a batch; `len(profiles)` of them exist."""
 
     profiles: tuple[fixed.Profile, ...]
+    sides: tuple[fixed.Side, fixed.Side]  # queries and passages
     positives_width: int
 
 
@@ -122,12 +123,14 @@ def plan_shapes(
     passage_max_length: int,
     width_multiple: int = 16,
     max_profiles: int = 4,
+    packed: bool = False,
     sample: int = 64,
 ) -> BatchShapes:
     """Fixes the shapes before training, from `sample` batches spread over the first epoch of each source.
 
     Args:
       chunk_rows: wanted sequences per chunk; the nearest size that fits the batch and the devices is taken.
+      packed: whether sequences stand in rows without padding between them instead (`attention.packs`).
     """
     query_lengths, passage_lengths = [], []
     for training_set, planner in sources:
@@ -135,18 +138,21 @@ def plan_shapes(
             plan, rows_N = _rows(training_set, planner, step, passages_per_query, seed)
             query_lengths.append(training_set.queries.lengths(plan.index_B))
             passage_lengths.append(training_set.passages.lengths(rows_N))
+
+    def side(rows: int, max_length: int) -> fixed.Side:
+        wanted = max(1, rows // fixed.SEQUENCES_PER_ROW) if packed else chunk_rows
+        return fixed.Side(fixed.chunk_count(rows, wanted, devices), max_length, packed)
+
+    sides = side(batch_size, query_max_length), side(batch_size * passages_per_query, passage_max_length)
     profiles = fixed.plan_profiles(
         np.stack(query_lengths),
         np.stack(passage_lengths),
-        query_chunks=fixed.chunk_count(batch_size, chunk_rows, devices),
-        passage_chunks=fixed.chunk_count(batch_size * passages_per_query, chunk_rows, devices),
-        query_max_length=query_max_length,
-        passage_max_length=passage_max_length,
+        sides,
         width_multiple=width_multiple,
         max_profiles=max_profiles,
     )
     most = max(int(np.diff(training_set.positives.offsets).max()) for training_set, _ in sources)
-    return BatchShapes(profiles, min(most, MAX_KNOWN_POSITIVES))
+    return BatchShapes(profiles, sides, min(most, MAX_KNOWN_POSITIVES))
 
 
 def make_batch(
@@ -162,7 +168,8 @@ def make_batch(
     """The global batch of a step and figures to log about it; a pure function, NumPy only.
 
     Returns:
-      queries, passages: `Chunks` of B queries and N = B * P passages, in plan order (row i * P is query i's positive).
+      queries, passages: `Chunks` or `Packed` of B queries and N = B * P passages, in plan order (row i * P is query i's
+        positive).
       target_B: int32, the column of each query's positive.
       passage_ids_N: int32, global rows; first_N: bool, whether no earlier column holds the same passage.
       positive_ids_BxM: int32, the known positives of each query among these passages, padded with -1; in a batch of
@@ -184,10 +191,11 @@ def make_batch(
     first_N[np.unique(ids_N, return_index=True)[1]] = True
 
     profile = fixed.cheapest(
-        shapes.profiles, training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N)
+        shapes.profiles, training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N), shapes.sides
     )
-    queries = fixed.pack(training_set.queries, plan.index_B, profile.query_widths)
-    passages = fixed.pack(training_set.passages, rows_N, profile.passage_widths)
+    query_side, passage_side = shapes.sides
+    queries = query_side.pack(training_set.queries, plan.index_B, profile.query_widths)
+    passages = passage_side.pack(training_set.passages, rows_N, profile.passage_widths)
     batch = {
         "queries": queries,
         "passages": passages,

@@ -41,7 +41,7 @@ from jdmdr import (
     workdir,
 )  # fmt: skip
 from jdmdr.check import check_config
-from jdmdr.encoders import pretrained
+from jdmdr.encoders import attention, pretrained
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.mining_stages import MiningStages
 from jdmdr.splits import POOLED
@@ -172,6 +172,7 @@ class Recipe(MiningStages):
                 c.seed,
                 len(self.library.langs),
                 len(topic_names),
+                attention.packs(encoder_config),
             )
         progress.say(f"  {sentence}")
         validation = validate.make_validation(

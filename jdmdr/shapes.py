@@ -1,14 +1,14 @@
 """Fixed shapes without padding waste.
 
-Inside a batch the sequences are sorted by length and cut into chunks of equal row count, each padded to its own width.
-A *profile* fixes the widths of all chunks, longest first, for queries and passages together. A few profiles are
+Inside a batch the sequences are sorted by length and cut into chunks of equal row count, each padded to its own width;
+or, where attention can tell sequences in a row apart by their lengths, packed into rows without padding between them.
+A *profile* fixes the widths of all chunks, or of the packed rows, for queries and passages together. A few profiles are
 computed before training from the lengths of planned batches; a batch uses the cheapest one that covers it, so the
 number of compiled shapes is small and known.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.types import Tokens, UserError
+
+SEQUENCES_PER_ROW = 16  # of packed rows: few make rows of unequal sums, many make attention look far for its sequence
 
 
 class TokenSource(Protocol):
@@ -30,21 +32,59 @@ class TokenSource(Protocol):
 
 
 class Profile(NamedTuple):
-    """Chunk widths in tokens, longest first; the row count of a chunk is rows / len(widths)."""
+    """Widths in tokens: of the chunks, longest first, whose row count is rows / len(widths); or the one of packed rows."""
 
     query_widths: tuple[int, ...]
     passage_widths: tuple[int, ...]
 
 
 class Chunks(NamedTuple):
-    """A block of sequences, sorted by length and cut into chunks (a pytree).
+    """A block of sequences, sorted by length and cut into chunks of C rows (a pytree).
 
-    `order_N[i]` is the place of row i of the plan among the concatenated chunk rows.
+    `order_N[i]` is the place of row i of the plan: K * r + k for row r of chunk k among K.
     """
 
     ids: tuple[Any, ...]  # C_k x T_k, int32
     mask: tuple[Any, ...]  # C_k x T_k, int32
     order_N: Any  # int32
+
+
+class Packed(NamedTuple):
+    """A block of sequences, S - 1 in each of R rows, one after another and padding behind them (a pytree).
+
+    `order_N[i]` is the place of row i of the plan: (S - 1) * r + s for sequence s of row r.
+    """
+
+    ids_RxT: Any  # int32
+    mask_RxT: Any  # int32
+    lengths_RxS: Any  # int32, of the padding last, which is at least 1
+    order_N: Any  # int32
+
+
+class Side(NamedTuple):
+    """How the sequences of one side of a batch, queries or passages, lie."""
+
+    per_row: int  # chunks, or sequences in a packed row
+    max_length: int
+    packed: bool
+
+    def needed(self, lengths_SxN: np.ndarray, multiple: int) -> np.ndarray:
+        """The widths that each of S batches needs, S x len(widths), rounded up."""
+        if not self.per_row:
+            return np.empty((len(lengths_SxN), 0), np.int64)
+        lengths_SxN = np.minimum(lengths_SxN.astype(np.int64), self.max_length)
+        if self.packed:
+            rows = [lengths_N[balanced_rows(lengths_N, self.per_row)].sum(axis=1).max() for lengths_N in lengths_SxN]
+            return -(-(np.array(rows)[:, None] + 1) // multiple) * multiple
+        longest_first_SxN = -np.sort(-lengths_SxN, axis=1)
+        longest = longest_first_SxN[:, :: lengths_SxN.shape[1] // self.per_row]
+        return np.clip(-(-longest // multiple) * multiple, 1, self.max_length)
+
+    def pack(self, source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chunks | Packed:
+        """The sequences of `rows_N`, cut off at `max_length`, laid out with these widths."""
+        if self.packed and len(rows_N):
+            return pack_rows(source, rows_N, self.per_row, self.max_length, widths[0])
+        return pack(source, rows_N, widths)
 
 
 def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
@@ -65,41 +105,41 @@ def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
 def plan_profiles(
     query_lengths_SxB: np.ndarray,
     passage_lengths_SxN: np.ndarray,
+    sides: tuple[Side, Side],
     *,
-    query_chunks: int,
-    passage_chunks: int,
-    query_max_length: int,
-    passage_max_length: int,
     width_multiple: int = 16,
     max_profiles: int = 4,
 ) -> tuple[Profile, ...]:
     """Chooses at most `max_profiles` profiles from the lengths of S sampled batches, plus the ceiling, cheapest first.
 
     The sampled batches are grouped by the tokens they need; a profile is the elementwise maximum of its group. The
-    ceiling (every width at its maximum) comes last and covers any batch.
+    ceiling (every sequence at its maximum) comes last and covers any batch.
     """
-    query_widths = _needed(query_lengths_SxB, query_chunks, width_multiple, query_max_length)
-    passage_widths = _needed(passage_lengths_SxN, passage_chunks, width_multiple, passage_max_length)
-    query_rows, passage_rows = query_lengths_SxB.shape[1], passage_lengths_SxN.shape[1]
-    tokens_S = [
-        _tokens(Profile(*widths), query_rows, passage_rows) for widths in zip(query_widths, passage_widths, strict=True)
-    ]
+    lengths = query_lengths_SxB, passage_lengths_SxN
+    query_widths, passage_widths = (side.needed(own, width_multiple) for side, own in zip(sides, lengths, strict=True))
+    rows = [own.shape[1] for own in lengths]
+    tokens_S = [_tokens(Profile(*widths), sides, rows) for widths in zip(query_widths, passage_widths, strict=True)]
     groups = np.array_split(np.argsort(tokens_S, kind="stable"), max_profiles)
     profiles = {
         Profile(tuple(query_widths[group].max(0).tolist()), tuple(passage_widths[group].max(0).tolist()))
         for group in groups
         if len(group)
     }
-    profiles.add(Profile((query_max_length,) * query_chunks, (passage_max_length,) * passage_chunks))
-    return tuple(sorted(profiles, key=lambda profile: (_tokens(profile, query_rows, passage_rows), profile)))
+    ceiling = (
+        side.needed(np.full((1, count), side.max_length), 1)[0].tolist()
+        for side, count in zip(sides, rows, strict=True)
+    )
+    profiles.add(Profile(*map(tuple, ceiling)))
+    return tuple(sorted(profiles, key=lambda profile: (_tokens(profile, sides, rows), profile)))
 
 
-def cheapest(profiles: Sequence[Profile], query_lengths_B: np.ndarray, passage_lengths_N: np.ndarray) -> Profile:
+def cheapest(
+    profiles: Sequence[Profile], query_lengths_B: np.ndarray, passage_lengths_N: np.ndarray, sides: tuple[Side, Side]
+) -> Profile:
     """The first of the profiles (cheapest first, ceiling last) that truncates nothing the ceiling would keep."""
-    ceiling = profiles[-1]
     query_widths, passage_widths = (
-        _needed(lengths[None], len(widths), 1, max(widths, default=0))[0]
-        for lengths, widths in zip((query_lengths_B, passage_lengths_N), ceiling, strict=True)
+        side.needed(lengths[None], 1)[0]
+        for side, lengths in zip(sides, (query_lengths_B, passage_lengths_N), strict=True)
     )
     return next(
         profile
@@ -114,48 +154,74 @@ def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chun
         return Chunks((), (), np.empty(0, np.int32))
     longest_first_N = np.argsort(-source.lengths(rows_N).astype(np.int64), kind="stable")
     order_N = np.empty(len(rows_N), np.int32)
-    order_N[longest_first_N] = np.arange(len(rows_N), dtype=np.int32)
+    order_N[longest_first_N] = np.arange(len(rows_N), dtype=np.int32).reshape(-1, len(widths)).T.ravel()
     parts = np.split(rows_N[longest_first_N], len(widths))
     blocks = [source.gather(part, width) for part, width in zip(parts, widths, strict=True)]
     return Chunks(tuple(block.ids_BxT for block in blocks), tuple(block.mask_BxT for block in blocks), order_N)
 
 
-def padding_share(*blocks: Chunks) -> float:
+def balanced_rows(lengths_N: np.ndarray, per_row: int) -> np.ndarray:
+    """Which sequences share a row, R x per_row: as many in each, their lengths summing to about the same.
+
+    Longest first, each round of R sequences goes to the rows in order of what they hold so far, the longest to the
+    emptiest.
+    """
+    longest_first_SxR = np.argsort(-lengths_N.astype(np.int64), kind="stable").reshape(per_row, -1)
+    total_R = np.zeros(longest_first_SxR.shape[1], np.int64)
+    index_RxS = np.empty(longest_first_SxR.T.shape, np.int64)
+    for s, round_R in enumerate(longest_first_SxR):
+        emptiest_first_R = np.argsort(total_R, kind="stable")
+        index_RxS[emptiest_first_R, s] = round_R
+        total_R[emptiest_first_R] += lengths_N[round_R]
+    return index_RxS
+
+
+def pack_rows(source: TokenSource, rows_N: np.ndarray, per_row: int, max_length: int, width: int) -> Packed:
+    """Gathers the sequences of `rows_N`, cut off at `max_length`, into rows of `width` tokens, `per_row` in each."""
+    lengths_N = np.minimum(source.lengths(rows_N), max_length)
+    index_RxS = balanced_rows(lengths_N, per_row)
+    order_N = np.empty(len(rows_N), np.int32)
+    order_N[index_RxS.ravel()] = np.arange(len(rows_N), dtype=np.int32)
+    tokens = source.gather(rows_N[index_RxS.ravel()], int(lengths_N.max()))
+    real_NxT = tokens.mask_BxT > 0
+    lengths_RxS = lengths_N[index_RxS]
+    mask_RxT = np.arange(width) < lengths_RxS.sum(axis=1, keepdims=True)
+    ids_RxT = np.zeros(mask_RxT.shape, np.int32)
+    ids_RxT[mask_RxT] = tokens.ids_BxT[real_NxT]
+    padding_Rx1 = width - lengths_RxS.sum(axis=1, keepdims=True)
+    return Packed(
+        ids_RxT, mask_RxT.astype(np.int32), np.concatenate([lengths_RxS, padding_Rx1], axis=1).astype(np.int32), order_N
+    )
+
+
+def padding_share(*blocks: Chunks | Packed) -> float:
     """Share of token slots that hold padding (host arrays only)."""
-    masks = [mask for chunks in blocks for mask in chunks.mask]
+    masks = [mask for block in blocks for mask in (block.mask if isinstance(block, Chunks) else (block.mask_RxT,))]
     return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
 
 
 def encode_chunks(
-    apply: Callable[[Any, Tokens, jax.Array | None], jax.Array],
+    apply: Callable[[Any, Tokens, jax.Array | None, tuple[int, ...] | None], jax.Array],
     params: Any,
-    chunks: Chunks,
+    block: Chunks | Packed,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Embeds all rows and returns them in plan order, NxD; differentiable, to be called under jit.
+    """Embeds all rows in one call and returns them in plan order, NxD; differentiable, to be called under jit.
 
     Args:
-      apply: (params, tokens, dropout key or None) -> emb_BxD.
-      rng: root of the dropout keys, one per call of `apply`; None for a deterministic encoder.
+      apply: (params, tokens, dropout key or None, widths of the sequences in a row) -> a vector for each sequence.
+      rng: the dropout key; None for a deterministic encoder.
     """
-    embeddings = []
-    # Neighbours of one width go through the encoder together: as many tokens, fewer copies of it to compile.
-    for _, run in itertools.groupby(zip(chunks.ids, chunks.mask, strict=True), key=lambda pair: pair[0].shape[1]):
-        ids, mask = zip(*run, strict=True)
-        key = None if rng is None else jax.random.fold_in(rng, len(embeddings))
-        embeddings.append(apply(params, Tokens(jnp.concatenate(ids), jnp.concatenate(mask)), key))
-    return jnp.take(jnp.concatenate(embeddings), chunks.order_N, axis=0)
+    if isinstance(block, Packed):
+        tokens, widths = Tokens(block.ids_RxT, block.mask_RxT, lengths_BxS=block.lengths_RxS), None
+    else:
+        # Side by side: row i holds row i of every chunk, so the split over devices stays as it is.
+        tokens = Tokens(jnp.concatenate(block.ids, axis=1), jnp.concatenate(block.mask, axis=1))
+        widths = tuple(ids.shape[1] for ids in block.ids)
+    return jnp.take(apply(params, tokens, rng, widths), block.order_N, axis=0)
 
 
-def _needed(lengths_SxN: np.ndarray, chunks: int, multiple: int, max_length: int) -> np.ndarray:
-    """Width each chunk of each batch needs, S x chunks: its longest sequence, rounded up."""
-    if not chunks:
-        return np.empty((len(lengths_SxN), 0), np.int64)
-    longest_first_SxN = -np.sort(-lengths_SxN.astype(np.int64), axis=1)
-    longest = longest_first_SxN[:, :: lengths_SxN.shape[1] // chunks]
-    return np.clip(-(-longest // multiple) * multiple, 1, max_length)
-
-
-def _tokens(profile: Profile, query_rows: int, passage_rows: int) -> float:
-    sides = (query_rows, profile.query_widths), (passage_rows, profile.passage_widths)
-    return sum(rows / len(widths) * sum(widths) for rows, widths in sides if rows)
+def _tokens(profile: Profile, sides: tuple[Side, Side], rows: Sequence[int]) -> float:
+    return sum(
+        count / side.per_row * sum(widths) for count, side, widths in zip(rows, sides, profile, strict=True) if count
+    )

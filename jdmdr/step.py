@@ -46,7 +46,9 @@ def make_step(
         def encode(params, chunks, side: str, output: str = "pooled"):
             side_rng = jax.random.fold_in(rng, SIDES.index(side))
             tower = encoder.tower(params, side)
-            return encode_chunks(lambda p, tokens, key: encoder.apply(p, tokens, output, key), tower, chunks, side_rng)
+            return encode_chunks(
+                lambda p, tokens, key, widths: encoder.apply(p, tokens, output, key, widths), tower, chunks, side_rng
+            )
 
         def loss(trained):
             lora_rng = jax.random.fold_in(rng, len(SIDES))

@@ -55,10 +55,12 @@ class Tokens(NamedTuple):
 
     `segments` tell the texts of a pair apart where an encoder has vectors for that; None is 0 everywhere. `prefix` counts
     the leading tokens of each row that see, and are seen by, the whole text in sliding-window attention; None is for a
-    text that stands alone.
+    text that stands alone. Where a row holds S - 1 sequences one after another without padding between them, `lengths`
+    are theirs and, last, that of the padding behind them, at least 1.
     """
 
     ids_BxT: np.ndarray  # int32
     mask_BxT: np.ndarray  # int32
     segments_BxT: np.ndarray | None = None  # int32
     prefix_Bx1: np.ndarray | None = None  # int32
+    lengths_BxS: np.ndarray | None = None  # int32

@@ -122,9 +122,9 @@ def test_tokens_of_a_batch_are_those_of_its_rows():
     data = training_set()
     batch, _ = maker(data)(3)
     for side, rows in [("queries", batch["query_index_B"]), ("passages", batch["passage_ids_N"])]:
-        sequences = [
-            row[mask > 0] for ids, m in zip(*batch[side][:2], strict=True) for row, mask in zip(ids, m, strict=True)
-        ]
+        chunks = zip(*batch[side][:2], strict=True)
+        by_chunk = [[row[mask > 0] for row, mask in zip(ids, m, strict=True)] for ids, m in chunks]
+        sequences = [sequence for one_of_each in zip(*by_chunk, strict=True) for sequence in one_of_each]
         for row, place in zip(rows, batch[side].order_N, strict=True):
             length = getattr(data, side).lengths(np.array([row]))[0]
             assert sequences[place].tolist() == [row] * length

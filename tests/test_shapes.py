@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import shapes
+from jdmdr.encoders import packed
 from jdmdr.types import UserError
 
 
@@ -14,14 +15,19 @@ def random_lengths(steps, rows, high, seed=0):
     return np.random.default_rng(seed).integers(1, high, (steps, rows))
 
 
-def profiles_for(query_lengths, passage_lengths, **options):
-    defaults = dict(query_chunks=2, passage_chunks=4, query_max_length=32, passage_max_length=100, width_multiple=16)
-    return shapes.plan_profiles(query_lengths, passage_lengths, **{**defaults, **options})
+SIDES = shapes.Side(2, 32, packed=False), shapes.Side(4, 100, packed=False)
+PACKED_SIDES = shapes.Side(4, 32, packed=True), shapes.Side(4, 100, packed=True)
 
 
-def row_sums(params, tokens, key):
-    total = (tokens.ids_BxT * tokens.mask_BxT).sum(1) / tokens.mask_BxT.sum(1)
-    return total[:, None] * params
+def profiles_for(query_lengths, passage_lengths, sides=SIDES, **options):
+    return shapes.plan_profiles(query_lengths, passage_lengths, sides, **options)
+
+
+def row_sums(params, tokens, key, widths):
+    def mean(ids_BxT, mask_BxT):
+        return ((ids_BxT * mask_BxT).sum(1) / mask_BxT.sum(1))[:, None] * params
+
+    return packed.pool(mean, widths, tokens.ids_BxT, tokens.mask_BxT)
 
 
 @pytest.mark.parametrize(
@@ -53,7 +59,7 @@ def test_profiles_are_few_sorted_by_cost_and_end_in_the_ceiling():
 def test_every_sampled_batch_is_covered_without_the_ceiling():
     query_lengths, passage_lengths = random_lengths(40, 8, 17), random_lengths(40, 16, 60)
     profiles = profiles_for(query_lengths, passage_lengths)
-    chosen = {shapes.cheapest(profiles, q, p) for q, p in zip(query_lengths, passage_lengths, strict=True)}
+    chosen = {shapes.cheapest(profiles, q, p, SIDES) for q, p in zip(query_lengths, passage_lengths, strict=True)}
     assert profiles[-1] not in chosen and len(chosen) > 1
 
 
@@ -62,7 +68,7 @@ def test_every_sampled_batch_is_covered_without_the_ceiling():
 def test_the_cheapest_covering_profile_truncates_only_beyond_the_maximum(seed, high):
     profiles = profiles_for(random_lengths(20, 8, 20), random_lengths(20, 16, 60))
     query_lengths, passage_lengths = random_lengths(1, 8, 40, seed)[0], random_lengths(1, 16, high, seed)[0]
-    profile = shapes.cheapest(profiles, query_lengths, passage_lengths)
+    profile = shapes.cheapest(profiles, query_lengths, passage_lengths, SIDES)
 
     def covers(candidate):
         sides = [(candidate.query_widths, query_lengths, 32), (candidate.passage_widths, passage_lengths, 100)]
@@ -101,26 +107,15 @@ def test_encoding_in_chunks_equals_encoding_at_full_width_in_value_and_gradient(
         np.testing.assert_allclose(gradient, expected[1], rtol=1e-5)
 
 
-def test_chunks_of_one_width_are_encoded_by_one_call():
+def test_a_batch_is_encoded_by_one_call_with_a_sequence_of_every_chunk_in_each_row():
     calls = []
 
-    def apply(params, tokens, key):
-        calls.append(tokens.ids_BxT.shape)
-        return row_sums(params, tokens, key)
+    def apply(params, tokens, key, widths):
+        calls.append((tokens.ids_BxT.shape, widths))
+        return row_sums(params, tokens, key, widths)
 
     shapes.encode_chunks(apply, jnp.ones(1), shapes.pack(Source([4] * 8), np.arange(8), (8, 4, 4, 4)))
-    assert calls == [(2, 8), (6, 4)]
-
-
-def test_dropout_keys_differ_between_calls():
-    keys = []
-
-    def apply(params, tokens, key):
-        keys.append(jax.random.key_data(key).tolist())
-        return row_sums(params, tokens, key)
-
-    shapes.encode_chunks(apply, jnp.ones(1), shapes.pack(Source([4] * 4), np.arange(4), (8, 4)), jax.random.key(0))
-    assert keys[0] != keys[1]
+    assert calls == [((2, 20), (8, 4, 4, 4))]
 
 
 def test_padding_share_counts_empty_token_slots():
@@ -129,22 +124,49 @@ def test_padding_share_counts_empty_token_slots():
     assert shapes.padding_share(chunks, shapes.pack(Source([4, 4]), np.arange(2), (4,))) == pytest.approx(4 / 24)
 
 
-def test_sorting_by_length_wastes_less_than_half_of_padding_to_the_longest():
+@pytest.mark.parametrize("packed_rows", [False, True])
+def test_layouts_waste_less_than_half_and_packed_less_than_a_sixth_of_padding_to_the_longest(packed_rows):
     lengths = np.random.default_rng(0).geometric(1 / 30, (50, 64)).clip(1, 128)
-    profiles = shapes.plan_profiles(
-        lengths,
-        lengths,
-        query_chunks=8,
-        passage_chunks=8,
-        query_max_length=128,
-        passage_max_length=128,
-        width_multiple=8,
-    )
+    side = shapes.Side(8, 128, packed_rows)
+    profiles = shapes.plan_profiles(lengths, lengths, (side, side), width_multiple=8)
     source = Source(lengths.ravel())
-    sorted_share, longest_share = [], []
+    shares, longest_share = [], []
     for step in range(50):
         rows = np.arange(64) + 64 * step
-        profile = shapes.cheapest(profiles, lengths[step], lengths[step])
-        sorted_share.append(shapes.padding_share(shapes.pack(source, rows, profile.passage_widths)))
+        profile = shapes.cheapest(profiles, lengths[step], lengths[step], (side, side))
+        shares.append(shapes.padding_share(side.pack(source, rows, profile.passage_widths)))
         longest_share.append(1 - lengths[step].mean() / lengths[step].max())
-    assert np.mean(sorted_share) < np.mean(longest_share) / 2
+    assert np.mean(shares) < np.mean(longest_share) / (6 if packed_rows else 2)
+
+
+def test_packed_rows_hold_every_token_once_in_order_with_padding_behind():
+    lengths = np.array([3, 9, 1, 7, 7, 2, 5, 4])
+    rows_N = np.array([7, 1, 1, 0, 3, 2, 5, 6])
+    block = shapes.Side(4, 8, packed=True).pack(Source(lengths), rows_N, (30,))
+    assert block.ids_RxT.shape == (2, 30) and block.lengths_RxS.shape == (2, 5)
+    assert (block.lengths_RxS.sum(axis=1) == 30).all() and (block.lengths_RxS[:, -1] >= 1).all()
+    sequences = [
+        part
+        for row, ends in zip(block.ids_RxT, block.lengths_RxS.cumsum(1), strict=True)
+        for part in np.split(row, ends)[:4]
+    ]
+    for row, place in zip(rows_N, block.order_N, strict=True):
+        assert sequences[place].tolist() == [row] * min(lengths[row], 8)
+    assert block.mask_RxT.sum() == np.minimum(lengths[rows_N], 8).sum()
+
+
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 1000), high=st.integers(2, 200))
+def test_the_cheapest_packed_profile_holds_the_batch_and_the_next_cheaper_one_does_not(seed, high):
+    profiles = profiles_for(random_lengths(20, 8, 20), random_lengths(20, 16, 60), PACKED_SIDES)
+    assert profiles[-1] == shapes.Profile((4 * 32 + 1,), (4 * 100 + 1,))
+    lengths = random_lengths(1, 8, 40, seed)[0], random_lengths(1, 16, high, seed)[0]
+    profile = shapes.cheapest(profiles, *lengths, PACKED_SIDES)
+
+    def holds(candidate):
+        rows = [np.minimum(own, side.max_length)[shapes.balanced_rows(np.minimum(own, side.max_length), 4)].sum(axis=1)
+                for own, side in zip(lengths, PACKED_SIDES, strict=True)]  # fmt: skip
+        return all((r < widths[0]).all() for r, widths in zip(rows, candidate, strict=True))
+
+    assert holds(profile)
+    assert not any(holds(cheaper) for cheaper in profiles[: profiles.index(profile)])

@@ -1,35 +1,124 @@
-"""Self-attention over padded sequences."""
+"""Self-attention over padded sequences, several of which may stand in one row."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jdmdr.encoders.config import EncoderConfig
 from jdmdr.encoders.layers import Dense
+from jdmdr.encoders.packed import by_sequence, segments
+from jdmdr.types import Tokens
 
 MASKED = -1e30  # finite: a row without real tokens attends evenly and stays free of NaN
 
 
 class SelfAttention(nn.Module):
-    """Multi-head self-attention (Vaswani et al. 2017, section 3.2), softmax in float32."""
+    """Multi-head self-attention (Vaswani et al. 2017, section 3.2), softmax in float32.
+
+    Where several sequences stand in a row (`packed.py`), each attends to itself alone.
+    """
 
     heads: int
     dropout: float
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, mask_BxT: jax.Array, deterministic: bool) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
         B, T, D = x_BxTxD.shape
+        query, key, value = (
+            Dense(D, name=name)(x_BxTxD).reshape(B, T, self.heads, -1) for name in ("query", "key", "value")
+        )
+        dropout = nn.Dropout(self.dropout, deterministic=deterministic or not self.dropout)
+        on_chip = dropout.deterministic and has_flash(x_BxTxD.dtype)
+        if tokens.lengths_BxS is None:
+            attend = flash if on_chip else functools.partial(plain, dropout)
+            mixed_BxTxHxE = by_sequence(attend, widths, query, key, value, tokens.mask_BxT)
+        else:
+            attend = packed_flash if on_chip else functools.partial(packed_plain, dropout)
+            mixed_BxTxHxE = attend(query, key, value, tokens.lengths_BxS)
+        return Dense(D, name="output")(mixed_BxTxHxE.reshape(B, T, D))
 
-        def by_head(name: str) -> jax.Array:
-            # Explicit [B, H, T, D/H] operands: on CPU a plain batched matmul beats the equivalent einsum.
-            return Dense(D, name=name)(x_BxTxD).reshape(B, T, self.heads, -1).transpose(0, 2, 1, 3)
 
-        query, key, value = by_head("query"), by_head("key"), by_head("value")
-        query = query * (query.shape[-1] ** -0.5)
-        scores_BxHxTxT = jnp.matmul(query, key.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
-        scores_BxHxTxT = jnp.where(mask_BxT[:, None, None, :] > 0, scores_BxHxTxT, MASKED)
-        weights_BxHxTxT = jax.nn.softmax(scores_BxHxTxT, axis=-1).astype(x_BxTxD.dtype)
-        weights_BxHxTxT = nn.Dropout(self.dropout)(weights_BxHxTxT, deterministic=deterministic)
-        mixed_BxTxD = jnp.matmul(weights_BxHxTxT, value).transpose(0, 2, 1, 3).reshape(B, T, D)
-        return Dense(D, name="output")(mixed_BxTxD)
+def plain(
+    dropout: Callable[[jax.Array], jax.Array],
+    q_BxTxHxE: jax.Array,
+    k_BxTxHxE: jax.Array,
+    v_BxTxHxE: jax.Array,
+    mask_BxT: jax.Array,
+) -> jax.Array:
+    """Attention by matmuls, on any device; the scores, BxHxTxT in float32, are written to memory."""
+    return _attend(dropout, q_BxTxHxE, k_BxTxHxE, v_BxTxHxE, mask_BxT[:, None, None, :] > 0)
+
+
+def packed_plain(
+    dropout: Callable[[jax.Array], jax.Array],
+    q_BxTxHxE: jax.Array,
+    k_BxTxHxE: jax.Array,
+    v_BxTxHxE: jax.Array,
+    lengths_BxS: jax.Array,
+) -> jax.Array:
+    """`plain` for sequences that stand one after another: what `packed_flash` is held against."""
+    own_BxT = segments(lengths_BxS, q_BxTxHxE.shape[1])
+    return _attend(dropout, q_BxTxHxE, k_BxTxHxE, v_BxTxHxE, (own_BxT[:, :, None] == own_BxT[:, None, :])[:, None])
+
+
+def _attend(dropout, q_BxTxHxE, k_BxTxHxE, v_BxTxHxE, sees_BxHxTxT):
+    # Explicit [B, H, T, E] operands: on CPU a plain batched matmul beats the equivalent einsum.
+    query, key, value = (x.transpose(0, 2, 1, 3) for x in (q_BxTxHxE, k_BxTxHxE, v_BxTxHxE))
+    query = query * (query.shape[-1] ** -0.5)
+    scores_BxHxTxT = jnp.matmul(query, key.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32)
+    scores_BxHxTxT = jnp.where(sees_BxHxTxT, scores_BxHxTxT, MASKED)
+    weights_BxHxTxT = dropout(jax.nn.softmax(scores_BxHxTxT, axis=-1).astype(query.dtype))
+    return jnp.matmul(weights_BxHxTxT, value).transpose(0, 2, 1, 3)
+
+
+def flash(q_BxTxHxE: jax.Array, k_BxTxHxE: jax.Array, v_BxTxHxE: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    """Attention by cuDNN, which keeps the scores on the chip and skips padding; what padding tokens get is zero."""
+    # A sequence of padding alone attends to its first token, so that it stays finite.
+    lengths_B = jnp.maximum(mask_BxT.sum(axis=1), 1)
+    return jax.nn.dot_product_attention(
+        q_BxTxHxE,
+        k_BxTxHxE,
+        v_BxTxHxE,
+        query_seq_lengths=lengths_B,
+        key_value_seq_lengths=lengths_B,
+        implementation="cudnn",
+    )
+
+
+def packed_flash(q_BxTxHxE: jax.Array, k_BxTxHxE: jax.Array, v_BxTxHxE: jax.Array, lengths_BxS: jax.Array) -> jax.Array:
+    """`flash` for sequences that stand one after another.
+
+    jax has this below its public function alone, which takes no offsets. Padding is a sequence too: cuDNN leaves what is
+    in none unwritten.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention
+
+    lengths_BxS = lengths_BxS.astype(jnp.int32)
+    offsets_BxS1 = jnp.pad(jnp.cumsum(lengths_BxS, axis=1), ((0, 0), (1, 0)))
+    return dot_product_attention(
+        q_BxTxHxE,
+        k_BxTxHxE,
+        v_BxTxHxE,
+        q_seqlen=lengths_BxS,
+        kv_seqlen=lengths_BxS,
+        q_offsets=offsets_BxS1,
+        kv_offsets=offsets_BxS1,
+        scale=q_BxTxHxE.shape[-1] ** -0.5,
+        mask_type=MaskType.PADDING,
+    )
+
+
+def has_flash(dtype: jnp.dtype) -> bool:
+    """Whether cuDNN's attention runs on this machine's devices; it has no dropout of its own."""
+    return jax.default_backend() == "gpu" and dtype == jnp.bfloat16
+
+
+def packs(config: EncoderConfig) -> bool:
+    """Whether this encoder, trained on this machine's devices, takes sequences without padding between them."""
+    able = config.kind == "transformer" and not config.window and not config.attention_dropout
+    return able and has_flash(jnp.dtype(config.dtype))

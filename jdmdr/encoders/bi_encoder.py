@@ -43,12 +43,19 @@ class BiEncoder:
         """The parameters that embed one side, `query` or `passage`: what `apply` takes."""
         return params[side] if self.config.untied else params
 
-    def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        tokens: Tokens,
+        output: str = "pooled",
+        rng: jax.Array | None = None,
+        widths: tuple[int, ...] | None = None,
+    ) -> jax.Array:
         """Embeddings, float32 BxE (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`), by one tower.
 
-        Dropout is on where `rng` is given. A row without any real token gives finite numbers.
+        See `Encoder.apply`.
         """
-        out = self.encoder.apply(params, tokens, output, rng)
+        out = self.encoder.apply(params, tokens, output, rng, widths)
         if output == "tokens":
             return out
         if self.config.projection:

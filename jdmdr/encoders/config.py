@@ -121,8 +121,18 @@ class Encoder(Protocol):
     def init(self, rng: jax.Array) -> Params:
         """Random parameters, float32."""
 
-    def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        tokens: Tokens,
+        output: str = "pooled",
+        rng: jax.Array | None = None,
+        widths: tuple[int, ...] | None = None,
+    ) -> jax.Array:
         """Pooled vectors, float32 BxD (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`).
+
+        Where a row holds several sequences (`packed.py`), `widths` are their places, of which T is the sum, and B counts
+        sequences in the pooled vectors: those of the first row, then those of the next.
 
         Head and normalisation are not its concern (`BiEncoder`). Dropout is on where `rng` is given. A row without any
         real token gives finite numbers.

@@ -1,7 +1,7 @@
 """Dense layer and LayerNorm with hand-written gradients.
 
-XLA's column sums on CPU are slow enough to dominate the gradients of biases and LayerNorm scales; here they are
-products with a row of ones. In bfloat16 the gradients of all parameters are accumulated, and come out, in float32.
+XLA's column sums are slow enough to dominate the gradients of biases and LayerNorm scales; here they are products with
+rows of ones. In bfloat16 the gradients of all parameters are accumulated, and come out, in float32.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import jax.numpy as jnp
 
 
 def _column_sum(y_NxD: jax.Array) -> jax.Array:
-    ones_1xN = jnp.ones((1, y_NxD.shape[0]), y_NxD.dtype)
-    return jnp.matmul(ones_1xN, y_NxD, preferred_element_type=jnp.float32)[0]
+    # On accelerators 8 rows, all alike: a product with a single row would be turned back into a sum.
+    ones_RxN = jnp.ones((1 if jax.default_backend() == "cpu" else 8, y_NxD.shape[0]), y_NxD.dtype)
+    return jnp.matmul(ones_RxN, y_NxD, preferred_element_type=jnp.float32)[0]
 
 
 def _rows(x: jax.Array) -> jax.Array:
@@ -69,10 +70,26 @@ def _layer_norm_backward(residuals, g):
     x_gradient = rstd * (
         inner - jnp.mean(inner, axis=-1, keepdims=True) - standard * jnp.mean(inner * standard, axis=-1, keepdims=True)
     )
-    return x_gradient.astype(x.dtype), _column_sum(_rows(g * standard)), _column_sum(_rows(g)), None
+    # In the dtype of `x` again: half the memory to pass through, and rounding that evens out in sums over tokens.
+    return x_gradient.astype(x.dtype), *(_column_sum(_rows(y.astype(x.dtype))) for y in (g * standard, g)), None
 
 
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact Gaussian error linear unit (Hendrycks and Gimpel 2016); its gradient needs `x` alone in memory."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_backward(x, g):
+    wide = x.astype(jnp.float32)
+    slope = 0.5 * (1 + jax.lax.erf(wide * 0.5**0.5)) + wide * jnp.exp(-0.5 * jnp.square(wide)) * (2 * jnp.pi) ** -0.5
+    return ((g.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_backward)
 
 
 class Dense(nn.Module):

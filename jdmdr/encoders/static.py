@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders.config import EncoderConfig, Params
+from jdmdr.encoders.packed import pool
 from jdmdr.types import Tokens
 
 SMALLEST_WEIGHT = 1e-3  # softplus comes near 0 only for weights so negative that they no longer learn
@@ -27,15 +28,27 @@ class StaticEncoder:
     def init(self, rng: jax.Array) -> Params:
         return init_from_idf(rng, self.config, np.ones(self.config.vocab_size))
 
-    def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        tokens: Tokens,
+        output: str = "pooled",
+        rng: jax.Array | None = None,
+        widths: tuple[int, ...] | None = None,
+    ) -> jax.Array:
         """See `Encoder.apply`; token vectors come weighted, and there is no dropout."""
         mask_BxT = jnp.asarray(tokens.mask_BxT)
         vectors_BxTxD = params["embedding"][tokens.ids_BxT]
         weights_BxT = jax.nn.softplus(params["weight"][tokens.ids_BxT]) * mask_BxT
         if output == "tokens":
             return vectors_BxTxD * weights_BxT[:, :, None]
-        sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
-        return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
+        widths = widths or (tokens.ids_BxT.shape[1],)
+        return pool(_weighted_mean, widths, weights_BxT, vectors_BxTxD, mask_BxT)
+
+
+def _weighted_mean(weights_BxT: jax.Array, vectors_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+    sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
+    return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
 
 
 def init_from_idf(rng: jax.Array, config: EncoderConfig, idf_V: np.ndarray) -> Params:

@@ -16,13 +16,14 @@ import jax.numpy as jnp
 
 from jdmdr.encoders.attention import SelfAttention
 from jdmdr.encoders.config import EncoderConfig, Params
-from jdmdr.encoders.layers import Dense, LayerNorm
+from jdmdr.encoders.layers import Dense, LayerNorm, gelu
 from jdmdr.encoders.long_attention import MOST_GLOBAL, SlidingAttention
-from jdmdr.encoders.pooling import POOLINGS
+from jdmdr.encoders.packed import by_sequence, places, pool
+from jdmdr.encoders.pooling import PACKED_POOLINGS, POOLINGS
 from jdmdr.types import Tokens, UserError
 
 ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu": gelu,
     "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
     "relu": jax.nn.relu,
 }
@@ -34,19 +35,25 @@ class Embeddings(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, deterministic: bool) -> jax.Array:
+    def __call__(self, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
         c = self.config
 
         def table(name: str, rows: int) -> jax.Array:
             return self.param(name, nn.initializers.normal(0.02), (rows, c.width))
 
+        T = tokens.ids_BxT.shape[1]
         x_BxTxD = table("word", c.vocab_size)[tokens.ids_BxT]
         position = table("position", c.max_positions)
-        T = tokens.ids_BxT.shape[1]
+        first = c.first_position
+        if tokens.lengths_BxS is not None:
+            own = position[jnp.minimum(first + places(tokens.lengths_BxS, T), c.max_positions - 1)]
+        else:
+            # Slices, not a gather by token: their gradient is a sum over rows instead of a scatter into few rows.
+            own = jnp.concatenate([position[first : first + width] for width in widths])
         if c.family == "bert":
-            x_BxTxD += position[:T]
+            x_BxTxD += own
         else:  # padding keeps the padding id's own row
-            x_BxTxD += position[jnp.cumsum(tokens.mask_BxT, axis=1) * tokens.mask_BxT + c.pad_token_id]
+            x_BxTxD += jnp.where(tokens.mask_BxT[:, :, None] > 0, own, position[c.pad_token_id])
         type_ = table("type", c.type_vocab)
         x_BxTxD += type_[0] if tokens.segments_BxT is None else type_[tokens.segments_BxT]
         x_BxTxD = LayerNorm(c.layer_norm_eps, name="norm")(x_BxTxD).astype(c.dtype)
@@ -60,16 +67,21 @@ class Layer(nn.Module):
     most_global: int = 0  # with a window
 
     @nn.compact
-    def __call__(
-        self, x_BxTxD: jax.Array, mask_BxT: jax.Array, prefix_Bx1: jax.Array | None, deterministic: bool
-    ) -> jax.Array:
+    def __call__(self, x_BxTxD: jax.Array, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
         c = self.config
         dropout = nn.Dropout(c.hidden_dropout, deterministic=deterministic)
         if c.window:
             attention = SlidingAttention(c.heads, c.attention_dropout, c.window, self.most_global, name="attention")
-            y_BxTxD = attention(x_BxTxD, mask_BxT, prefix_Bx1, deterministic)
+
+            def attend(x_BxTxD, mask_BxT):
+                alone_Bx1 = jnp.full((len(mask_BxT), 1), self.most_global)
+                prefix_Bx1 = alone_Bx1 if tokens.prefix_Bx1 is None else tokens.prefix_Bx1
+                return attention(x_BxTxD, mask_BxT, prefix_Bx1, deterministic)
+
+            y_BxTxD = by_sequence(attend, widths, x_BxTxD, tokens.mask_BxT)
         else:
-            y_BxTxD = SelfAttention(c.heads, c.attention_dropout, name="attention")(x_BxTxD, mask_BxT, deterministic)
+            attention = SelfAttention(c.heads, c.attention_dropout, name="attention")
+            y_BxTxD = attention(x_BxTxD, tokens, widths, deterministic)
         x_BxTxD = LayerNorm(c.layer_norm_eps, name="attention_norm")(x_BxTxD + dropout(y_BxTxD))
         y_BxTxD = ACTIVATIONS[c.activation](Dense(c.ffn, name="ffn_in")(x_BxTxD))
         y_BxTxD = Dense(c.width, name="ffn_out")(y_BxTxD)
@@ -77,21 +89,20 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token sequences to token vectors, BxTxD in `config.dtype`."""
+    """Token sequences to token vectors, BxTxD in `config.dtype`; T is the sum of the `widths` of a row's sequences."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, deterministic: bool) -> jax.Array:
+    def __call__(self, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
         c = self.config
-        layer = nn.remat(Layer, static_argnums=(4,)) if c.remat else Layer
-        prefix_Bx1, most_global = tokens.prefix_Bx1, MOST_GLOBAL
-        if prefix_Bx1 is None:  # a text alone: what is pooled from its first token must have seen all of it
+        layer = nn.remat(Layer, static_argnums=(3, 4)) if c.remat else Layer
+        most_global = MOST_GLOBAL
+        if tokens.prefix_Bx1 is None:  # a text alone: what is pooled from its first token must have seen all of it
             most_global = 1 if c.pooling == "cls" else 0
-            prefix_Bx1 = jnp.full((len(tokens.mask_BxT), 1), most_global)
-        x_BxTxD = Embeddings(c, name="embeddings")(tokens, deterministic)
+        x_BxTxD = Embeddings(c, name="embeddings")(tokens, widths, deterministic)
         for i in range(c.layers):
-            x_BxTxD = layer(c, most_global, name=f"layer_{i}")(x_BxTxD, tokens.mask_BxT, prefix_Bx1, deterministic)
+            x_BxTxD = layer(c, most_global, name=f"layer_{i}")(x_BxTxD, tokens, widths, deterministic)
         return x_BxTxD
 
 
@@ -103,23 +114,34 @@ class TransformerEncoder:
 
     def init(self, rng: jax.Array) -> Params:
         one = jnp.ones((1, 1), jnp.int32)
-        return jax.jit(Transformer(self.config).init, static_argnums=2)(rng, Tokens(one, one), True)["params"]
+        init = jax.jit(Transformer(self.config).init, static_argnums=(2, 3))
+        return init(rng, Tokens(one, one), (1,), True)["params"]
 
-    def apply(self, params: Params, tokens: Tokens, output: str = "pooled", rng: jax.Array | None = None) -> jax.Array:
+    def apply(
+        self,
+        params: Params,
+        tokens: Tokens,
+        output: str = "pooled",
+        rng: jax.Array | None = None,
+        widths: tuple[int, ...] | None = None,
+    ) -> jax.Array:
         """See `Encoder.apply`.
 
         Raises:
           UserError: the sequences are longer than the position table.
         """
         c = self.config
-        T = tokens.ids_BxT.shape[1]
-        if c.usable_positions < T:
+        widths = widths or (tokens.ids_BxT.shape[1],)
+        if tokens.lengths_BxS is None and c.usable_positions < max(widths):
             raise UserError(
-                f"a text has {T} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
+                f"a text has {max(widths)} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
             )
         tokens = jax.tree.map(jnp.asarray, tokens)
         rngs = None if rng is None else {"dropout": rng}
-        hidden_BxTxD = Transformer(c).apply({"params": params}, tokens, rng is None, rngs=rngs).astype(jnp.float32)
+        hidden_BxTxD = Transformer(c).apply({"params": params}, tokens, widths, rng is None, rngs=rngs)
+        hidden_BxTxD = hidden_BxTxD.astype(jnp.float32)
         if output == "tokens":
             return hidden_BxTxD
-        return POOLINGS[c.pooling](hidden_BxTxD, tokens.mask_BxT)
+        if tokens.lengths_BxS is not None:
+            return PACKED_POOLINGS[c.pooling](hidden_BxTxD, tokens.lengths_BxS).reshape(-1, c.width)
+        return pool(POOLINGS[c.pooling], widths, hidden_BxTxD, tokens.mask_BxT)
