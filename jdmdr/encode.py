@@ -17,7 +17,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jdmdr import parallel
+from jdmdr import parallel, shapes
+from jdmdr.encoders import attention
 from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import Tokens
 from jdmdr.workdir import atomic
@@ -25,12 +26,25 @@ from jdmdr.workdir import atomic
 WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 # Padded tokens of one call on each device: enough to keep it busy, few enough that a small corpus is not mostly padding.
 TOKENS_PER_BLOCK = {"cpu": 2048, "gpu": 32_768, "tpu": 32_768}
+PACKED_MULTIPLE = 128  # tokens that the rows of packed blocks are rounded up to, so that like collections share a shape
 
 
 @functools.lru_cache(maxsize=4)
 def _compiled(encoder: Any) -> Callable:
     """One compiled function an encoder, so that validation and the stages of a pipeline share its shapes."""
     return jax.jit(encoder.apply)
+
+
+@functools.lru_cache(maxsize=4)
+def _compiled_packed(encoder: Any) -> Callable:
+    """(params, Packed) -> embeddings in the order that was packed; one compiled function an encoder."""
+
+    def embed(params, block):
+        return shapes.encode_chunks(
+            lambda p, tokens, key, widths: encoder.apply(p, tokens, "pooled", key, widths), params, block
+        )
+
+    return jax.jit(embed)
 
 
 class InBlocks:
@@ -80,10 +94,35 @@ class Embedder(InBlocks):
         """`side` is query or passage: it chooses the tower."""
         super().__init__(encoder, mesh, max_length)
         self._tower = functools.partial(encoder.tower, side=side)
+        self._side = shapes.Side(shapes.SEQUENCES_PER_ROW, max_length, packed=attention.packs(encoder.config))
+        self._embed_packed = _compiled_packed(encoder)
 
     def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
-        return self.apply(self._tower(params), source, rows)
+        if not (self._side.packed and len(rows)):
+            return self.apply(self._tower(params), source, rows)
+        tower, blocks = self._tower(params), self.packed_blocks(source.lengths(rows))
+        width = self._side.needed(np.stack([source.lengths(rows[block]) for block in blocks]), PACKED_MULTIPLE).max()
+        parts = []
+        for block in blocks:
+            packed = self._side.pack(source, rows[block], (int(width),))
+            parts.append(self._embed_packed(tower, parallel.put_batch(packed, self._mesh)))
+        found = np.concatenate([np.asarray(part) for part in parts])
+        out = np.empty((len(rows), found.shape[1]), np.float32)
+        out[np.concatenate(blocks)] = found
+        return out
+
+    def packed_blocks(self, lengths: np.ndarray) -> list[np.ndarray]:
+        """Positions of equally many sequences a block, short and long ones in each, so that one shape fits all; where
+        there are too few sequences for that, some stand in their block twice."""
+        lengths = np.minimum(lengths, self._side.max_length)
+        rows = self._mesh.devices.size
+        wanted = min(self._tokens_per_block * rows / lengths.mean(), len(lengths))
+        while 2 * rows * self._side.per_row <= wanted:
+            rows *= 2
+        longest_first, size = np.argsort(-lengths, kind="stable"), rows * self._side.per_row
+        count = -(-len(lengths) // size)
+        return [np.resize(longest_first[i::count], size) for i in range(count)]
 
 
 def embed_texts(embedder: Embedder, params: Any, tokenizer: Tokenizer, texts: Sequence[str]) -> np.ndarray:

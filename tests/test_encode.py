@@ -3,6 +3,7 @@ import numpy as np
 import pytest
 
 from jdmdr import encode, encoders, parallel, progress
+from jdmdr.encoders import attention
 from jdmdr.types import Tokens
 
 VOCABULARY, WIDTH, MAX_LENGTH = 50, 16, 40
@@ -79,6 +80,24 @@ def test_every_row_stands_in_one_block_that_is_wide_enough(embedder):
     for positions, width, rows in blocks:
         assert len(positions) <= rows and width * rows <= encode.TOKENS_PER_BLOCK["cpu"]
         assert width >= min(lengths[positions].max(), MAX_LENGTH)
+
+
+def test_packed_sequences_have_the_embeddings_of_each_alone_and_few_shapes(monkeypatch):
+    config = encoders.EncoderConfig(
+        kind="transformer", vocab_size=VOCABULARY, width=WIDTH, layers=1, heads=2, ffn=16, max_positions=MAX_LENGTH
+    )
+    encoder = encoders.build(config)
+    params = encoder.init(jax.random.key(0))
+    monkeypatch.setattr(attention, "packs", lambda config: True)
+    embedder = encode.Embedder(encoder, parallel.data_mesh(), MAX_LENGTH, "passage")
+    source = Source(np.random.default_rng(5).integers(1, 60, 300))
+    rows = np.random.default_rng(6).permutation(300)
+    blocks = embedder.packed_blocks(source.lengths(rows))
+    assert len({len(block) for block in blocks}) == 1 and len(blocks) > 1
+    assert set(np.concatenate(blocks)) == set(range(300))
+    embeddings = embedder.embed(params, source, rows)
+    assert encode._compiled_packed(encoder)._cache_size() == 1
+    np.testing.assert_allclose(embeddings[:8], one_by_one(encoder, params, source, rows[:8]), atol=1e-6)
 
 
 @pytest.fixture
