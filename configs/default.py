@@ -247,6 +247,7 @@ def training():
     t.clip = 1.0  # global gradient norm; 0: off
 
     t.chunk_rows = 64  # sequences encoded together: smaller pads less, larger computes faster
+    t.grad_cache = 0  # sequences that a device encodes at a time, twice, to save memory (docs/scaling.md); 0: all, once
     t.max_profiles = 3  # compiled batch shapes, one more for batches that fit none
     t.checkpoint_every = 500  # steps between validations, each saved
     t.keep = "best"  # what the run ends with: best (of the validations, the start included) | last

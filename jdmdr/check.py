@@ -88,7 +88,7 @@ OPTIONAL_AT_LEAST = {
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 0, "objective.top_k": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
-    "lora.rank": 0, "lora.alpha": 0,
+    "lora.rank": 0, "lora.alpha": 0, "grad_cache": 0,
 }  # fmt: skip
 
 

@@ -9,7 +9,8 @@ number of compiled shapes is small and known.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -41,7 +42,7 @@ class Profile(NamedTuple):
 class Chunks(NamedTuple):
     """A block of sequences, sorted by length and cut into chunks of C rows (a pytree).
 
-    `order_N[i]` is the place of row i of the plan: K * r + k for row r of chunk k among K.
+    `order_N[i]` is the place of row i of the plan: K * r + k for row r of chunk k among K. None: embeddings stay in theirs.
     """
 
     ids: tuple[Any, ...]  # C_k x T_k, int32
@@ -206,19 +207,32 @@ def encode_chunks(
     block: Chunks | Packed,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Embeds all rows in one call and returns them in plan order, NxD; differentiable, to be called under jit.
+    """Embeds all rows in one call and returns them in plan order, NxD, or as encoded where `order_N` is None;
+    differentiable, to be called under jit.
 
     Args:
       apply: (params, tokens, dropout key or None, widths of the sequences in a row) -> a vector for each sequence.
       rng: the dropout key; None for a deterministic encoder.
     """
+    tokens, widths = in_rows(block)
+    embeddings = apply(params, tokens, rng, widths)
+    return embeddings if block.order_N is None else jnp.take(embeddings, block.order_N, axis=0)
+
+
+def in_rows(block: Chunks | Packed) -> tuple[Tokens, tuple[int, ...] | None]:
+    """The block for one call of the encoder: tokens with several sequences in a row, and their widths where these are fixed."""
     if isinstance(block, Packed):
-        tokens, widths = Tokens(block.ids_RxT, block.mask_RxT, lengths_BxS=block.lengths_RxS), None
-    else:
-        # Side by side: row i holds row i of every chunk, so the split over devices stays as it is.
-        tokens = Tokens(jnp.concatenate(block.ids, axis=1), jnp.concatenate(block.mask, axis=1))
-        widths = tuple(ids.shape[1] for ids in block.ids)
-    return jnp.take(apply(params, tokens, rng, widths), block.order_N, axis=0)
+        return Tokens(block.ids_RxT, block.mask_RxT, lengths_BxS=block.lengths_RxS), None
+    # Side by side: row i holds row i of every chunk, so the split over devices stays as it is.
+    tokens = Tokens(jnp.concatenate(block.ids, axis=1), jnp.concatenate(block.mask, axis=1))
+    return tokens, tuple(ids.shape[1] for ids in block.ids)
+
+
+def runs(chunks: Chunks) -> Iterator[Tokens]:
+    """Neighbours of one width as rows behind one another."""
+    for _, run in itertools.groupby(zip(chunks.ids, chunks.mask, strict=True), key=lambda pair: pair[0].shape[1]):
+        ids, mask = zip(*run, strict=True)
+        yield Tokens(jnp.concatenate(ids), jnp.concatenate(mask))
 
 
 def _tokens(profile: Profile, sides: tuple[Side, Side], rows: Sequence[int]) -> float:

@@ -11,6 +11,7 @@ import optax
 
 from jdmdr import trainable
 from jdmdr.encoders import SIDES
+from jdmdr.gradcache import Shares
 from jdmdr.objectives import Objective
 from jdmdr.shapes import encode_chunks
 
@@ -32,13 +33,23 @@ def init_state(params: Any, optimiser: optax.GradientTransformation, frozen: Any
 
 
 def make_step(
-    encoder: Any, objective: Objective, optimiser: optax.GradientTransformation, seed: int, lora: Any = None
+    encoder: Any,
+    objective: Objective,
+    optimiser: optax.GradientTransformation,
+    seed: int,
+    lora: Any = None,
+    mesh: jax.sharding.Mesh | None = None,
+    grad_cache: int = 0,
 ) -> Callable:
     """`step(state, batch) -> (state, metrics)`, jitted, the state donated; `lora` are the recipe's keys of that name.
+
+    With a mesh every device encodes its share; with `grad_cache`, which needs one, so many sequences at a time.
 
     The objective sees the global batch (design: global view), so its gradient needs no world-size factor. An update
     whose loss or gradient norm is not finite is skipped and counted; the parameters stay as they were.
     """
+
+    shares = Shares(mesh, grad_cache) if grad_cache or (mesh and mesh.devices.size > 1) else None
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
@@ -46,13 +57,15 @@ def make_step(
         def encode(params, chunks, side: str, output: str = "pooled"):
             side_rng = jax.random.fold_in(rng, SIDES.index(side))
             tower = encoder.tower(params, side)
-            return encode_chunks(
+            encode_side = shares.encode if shares else encode_chunks
+            return encode_side(
                 lambda p, tokens, key, widths: encoder.apply(p, tokens, output, key, widths), tower, chunks, side_rng
             )
 
         def loss(trained):
             lora_rng = jax.random.fold_in(rng, len(SIDES))
             params, own = trainable.assemble(trained, state.get("frozen", {}), lora, lora_rng)
+            params = shares.copies(params) if shares else params
             return objective.loss(params, own, batch, encode, rng, state["step"])
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])

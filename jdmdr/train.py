@@ -68,7 +68,7 @@ def train(
     trained, frozen = trainable.split(section, params, objective.parameters, seed)
     optimiser = make_optimiser(section, trained, frozen)
     state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
-    step_fn = make_step(encoder, objective, optimiser, seed, section.lora)
+    step_fn = make_step(encoder, objective, optimiser, seed, section.lora, mesh, section.grad_cache)
 
     def encoder_params(state: dict) -> Any:
         return trainable.assemble(state["params"], state.get("frozen", {}), section.lora)[0]

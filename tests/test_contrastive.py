@@ -20,7 +20,7 @@ def make_case(B=4, P=3, D=5, seed=0, repeats=True):
     """Random embeddings and a batch; with `repeats` some passages occur twice or are positives of other queries."""
     rng = np.random.default_rng(seed)
     N = B * P
-    ids_N = rng.permutation(100)[:N]
+    ids_N = rng.permutation(max(N, 100))[:N]
     known = [[int(ids_N[i * P])] for i in range(B)]
     if repeats:
         ids_N[1] = ids_N[P + 1]  # a negative of query 0 repeats one of query 1

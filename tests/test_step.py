@@ -119,8 +119,8 @@ def test_step_is_compiled_once_a_shape(parts):
 def run_steps(directory, root, kind, steps=3):
     """The real parts on whatever devices there are: batches with mined negatives, the objective, the mesh.
 
-    `kind` is plain (weighted contrastive), everything (untied towers, a head, adapters, Matryoshka and a learned
-    temperature too), star or adore.
+    `kind` is plain (weighted contrastive), everything (untied towers, a head, adapters, Matryoshka, a learned
+    temperature and the grad cache too), star or adore.
     """
     from conftest import tiny_config
 
@@ -132,7 +132,7 @@ def run_steps(directory, root, kind, steps=3):
     if kind == "everything":
         c.encoder.towers, c.encoder.projection = "untied", 32
         section.objective.learn_temperature, section.objective.dimensions = True, (8, 16)
-        section.lora.rank, section.trainable = 2, "projection|/weight$"
+        section.lora.rank, section.trainable, section.grad_cache = 2, "projection|/weight$", 4
     if kind == "star":
         section.objective.name, section.optimiser = "pairwise", "lamb"
     version, collections = version_dir(directory / "negatives", 0), None
@@ -151,7 +151,7 @@ def run_steps(directory, root, kind, steps=3):
     trained, frozen = trainable.split(section, params, objective.parameters, 0)
     optimiser = make_optimiser(section, trained, frozen)
     state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
-    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora)
+    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora, mesh, section.grad_cache)
     losses = []
     for number in range(steps):
         state, metrics = step(state, {**parallel.put_batch(make_batch(number)[0], mesh), **objective.arrays})

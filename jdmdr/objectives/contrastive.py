@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jdmdr.objectives import blockwise
 from jdmdr.objectives import temperature as temperatures
 from jdmdr.objectives.protocol import Collections, Objective
 from jdmdr.types import UserError
@@ -47,8 +48,17 @@ def make_objective(config: Any, mesh: Mesh | None = None, collections: Collectio
     def loss(params, extra, batch, encode, rng, step):
         del rng, step
         temperature = temperatures.value(config, extra)
-        q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
-        value, metrics = contrastive_loss(q_BxD, p_NxD, batch, temperature=temperature, mode=mode)
+        order_N = None
+        if blockwise.exceeds_one_block(len(batch["target_B"]), len(batch["passage_ids_N"]), mesh):
+            # passages stay where they were encoded: the loss does not ask in which order the columns come
+            order_N = batch["passages"].order_N
+            q_BxD = encode(params, batch["queries"], "query")
+            p_NxD = encode(params, batch["passages"]._replace(order_N=None), "passage")
+        else:
+            q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
+        value, metrics = contrastive_loss(
+            q_BxD, p_NxD, batch, temperature=temperature, mode=mode, order_N=order_N, mesh=mesh
+        )
         return value, {**metrics, **temperatures.metrics(config, extra)}
 
     return Objective(loss, parameters, temperatures.figures(config))
@@ -64,13 +74,6 @@ def encode_sides(params: Any, batch: Mapping[str, Any], encode: Any, mesh: Mesh 
     return q_BxD, p_NxD
 
 
-def similarities(q_BxD: jax.Array, p_NxD: jax.Array) -> jax.Array:
-    """Inner products BxN in float32 at full precision."""
-    return jnp.einsum(
-        "bd,nd->bn", q_BxD.astype(jnp.float32), p_NxD.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
-    )
-
-
 def contrastive_loss(
     q_BxD: jax.Array,
     p_NxD: jax.Array,
@@ -78,26 +81,31 @@ def contrastive_loss(
     *,
     temperature: float | jax.Array,
     mode: str,
+    order_N: jax.Array | None = None,
+    mesh: Mesh | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss on embeddings and its metrics.
 
     Args:
       batch: `target_B`, `passage_ids_N`, `first_N`, `positive_ids_BxM` for the mask, and `weight_N`, `query_weight_B`
         for the weighted modes.
+      order_N: the row of `p_NxD` that each column's passage is; None: in order.
 
     Returns:
       The scalar loss, and `loss`, `unweighted_loss` (mean l_i), `accuracy_at_1` (the positive beats every valid
       negative), `positive_score` (mean similarity, undivided) and `masked_fraction` (of the B*(N-1) negatives).
     """
     B, N = q_BxD.shape[0], p_NxD.shape[0]
-    similarity_BxN = similarities(q_BxD, p_NxD)
-    is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
-    is_negative_BxN = valid_columns(batch) & ~is_target_BxN
-    scores_BxN = jnp.where(is_negative_BxN | is_target_BxN, similarity_BxN / temperature, -jnp.inf)
-    target_B = jnp.take_along_axis(scores_BxN, batch["target_B"][:, None], axis=1)[:, 0]
-
-    example_B = jax.nn.logsumexp(scores_BxN, axis=1) - target_B
+    rows, columns = blockwise.of_batch(batch, weighted=mode == "negative")
+    if order_N is not None:
+        columns = blockwise.reordered(columns, order_N)
+    target_B, log_sum_RxB, highest_B, weight_RxB = blockwise.softmax(
+        q_BxD.astype(jnp.float32) / temperature, p_NxD, rows, columns, mesh
+    )
+    # l = -t + log(e^t + e^n) = log(1 + e^(n - t)), with n the log-sum-exp of the negatives
+    example_B = jax.nn.softplus(log_sum_RxB[0] - target_B)
     unweighted = example_B.mean()
+    negatives_B = weight_RxB[0]
     match mode:
         case "none":
             loss = unweighted
@@ -105,18 +113,17 @@ def contrastive_loss(
             loss = (_example_weight(batch, B, N) * example_B).mean()
         case "negative":
             # Relative to the mean weight of the negatives, so that alpha does not shift them all against the positive.
-            mean_weight = (is_negative_BxN @ batch["weight_N"]).sum() / jnp.maximum(is_negative_BxN.sum(), 1)
-            log_weight_BxN = jnp.where(is_negative_BxN, jnp.log(batch["weight_N"] / mean_weight), 0.0)
-            loss = (jax.nn.logsumexp(scores_BxN + log_weight_BxN, axis=1) - target_B).mean()
+            mean_weight = jnp.where(negatives_B.sum() > 0, weight_RxB[1].sum() / negatives_B.sum(), 1.0)
+            loss = jax.nn.softplus(log_sum_RxB[1] - jnp.log(mean_weight) - target_B).mean()
         case "literal_trainer":
             loss = unweighted * batch["query_weight_B"].mean()
 
     metrics = {
         "loss": loss,
         "unweighted_loss": unweighted,
-        "accuracy_at_1": (target_B > jnp.where(is_negative_BxN, scores_BxN, -jnp.inf).max(axis=1)).mean(),
+        "accuracy_at_1": (target_B > highest_B).mean(),
         "positive_score": target_B.mean() * temperature,
-        "masked_fraction": (B * (N - 1) - is_negative_BxN.sum()) / max(B * (N - 1), 1),
+        "masked_fraction": (N - 1 - negatives_B.mean()) / max(N - 1, 1),
     }
     return loss, jax.lax.stop_gradient(metrics)
 
@@ -127,10 +134,8 @@ def valid_columns(batch: Mapping[str, Any]) -> jax.Array:
     A column is out if its passage is a known positive of the query or repeats one of an earlier column; a query's own
     target is always in. Both are decided by id, so the layout of the batch does not matter.
     """
-    ids_N = batch["passage_ids_N"]
-    known_BxN = (batch["positive_ids_BxM"][:, :, None] == ids_N).any(axis=1)
-    is_target_BxN = jnp.arange(ids_N.shape[0]) == batch["target_B"][:, None]
-    return (batch["first_N"] & ~known_BxN) | is_target_BxN
+    is_target_BxN, is_negative_BxN = blockwise.kinds(*blockwise.of_batch(batch))
+    return is_target_BxN | is_negative_BxN
 
 
 def _example_weight(batch: Mapping[str, Any], B: int, N: int) -> jax.Array:

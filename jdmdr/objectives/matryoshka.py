@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import jax
+
 from jdmdr.encoders.pooling import unit_length
 from jdmdr.objectives.protocol import Encode, Objective
 
@@ -36,11 +38,11 @@ def matryoshka(objective: Objective, dimensions: Sequence[int], weights: Sequenc
 
 
 def _once(encode: Encode) -> Encode:
-    """`encode` that remembers; its arguments are kept too, so that no other object gets their id."""
+    """`encode` that remembers; its arguments are kept too, so that no other array gets their id."""
     known = {}
 
     def remembered(params, chunks, side, output="pooled"):
-        key = id(params), id(chunks), side, output
+        key = id(params), tuple(map(id, jax.tree.leaves(chunks))), side, output
         if key not in known:
             known[key] = encode(params, chunks, side, output), params, chunks
         return known[key][0]

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jdmdr.objectives import temperature as temperatures
-from jdmdr.objectives.contrastive import encode_sides, similarities, valid_columns
+from jdmdr.objectives.blockwise import similarities
+from jdmdr.objectives.contrastive import encode_sides, valid_columns
 from jdmdr.objectives.protocol import Collections, Objective
 
 NEGATIVES = ("all", "own")

@@ -1,0 +1,82 @@
+"""Encoding inside a step: every device its share of a batch, all of it at once or a few sequences at a time (grad cache).
+
+With the grad cache a device encodes a few sequences and keeps their embeddings alone; the backward pass encodes them again,
+with the same dropout, and adds up the gradients. That is the gradient of the whole batch, for the memory of a few sequences
+and one more forward pass: at least 4/3 of the time. Either way the devices add their gradients up once a step.
+
+Source: Gao et al., "Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup" (RepL4NLP 2021), written
+as a scan over rematerialised pieces, from which JAX derives the two passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jdmdr.shapes import Chunks, Packed, chunk_count, in_rows, runs
+from jdmdr.types import Tokens
+
+DATA, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
+
+
+class Shares(NamedTuple):
+    """Encodes on each device of a mesh its share of the rows of a batch."""
+
+    mesh: Mesh
+    rows: int  # wanted sequences a piece on each device, encoded again in the backward pass; 0: all at once, and once
+
+    def copies(self, params: Any) -> Any:
+        """A copy of the parameters for each device, along a new first axis: what `encode` takes.
+
+        Its gradient is the sum over the devices: one reduction for both sides of a batch and all their pieces.
+        """
+
+        def copy(leaf: jax.Array) -> jax.Array:
+            stacked = jnp.broadcast_to(leaf, (self.mesh.devices.size, *leaf.shape))
+            return jax.lax.with_sharding_constraint(stacked, NamedSharding(self.mesh, DATA))
+
+        return jax.tree.map(copy, params)
+
+    def encode(
+        self,
+        apply: Callable[[Any, Tokens, jax.Array | None, tuple[int, ...] | None], jax.Array],
+        copies: Any,
+        block: Chunks | Packed,
+        rng: jax.Array,
+    ) -> jax.Array:
+        """As `shapes.encode_chunks`, for `copies` of the parameters; dropout differs between devices, and between pieces.
+
+        Embeddings in plan order are on every device; as encoded they stay where they were encoded.
+        """
+
+        def on_device(copies: Any, block: Chunks | Packed, rng: jax.Array) -> jax.Array:
+            params = jax.tree.map(lambda leaf: leaf[0], copies)
+            rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
+            if not self.rows:
+                tokens, widths = in_rows(block)
+                return apply(params, tokens, rng, widths)
+            encode_piece = jax.checkpoint(lambda xs: apply(params, *xs, None))
+
+            def in_pieces(tokens: Tokens, per_row: int, rng: jax.Array) -> jax.Array:
+                rows = len(tokens.ids_BxT)
+                pieces = chunk_count(rows, max(self.rows / per_row, 1), 1)
+                split = jax.tree.map(lambda x: x.reshape(pieces, rows // pieces, *x.shape[1:]), tokens)
+                out = jax.lax.map(encode_piece, (split, jax.random.split(rng, pieces)))
+                return out.reshape(rows * per_row, -1)
+
+            if isinstance(block, Packed):
+                return in_pieces(in_rows(block)[0], block.lengths_RxS.shape[1] - 1, rng)
+            found = [in_pieces(tokens, 1, jax.random.fold_in(rng, i)) for i, tokens in enumerate(runs(block))]
+            by_chunk_KxCxD = jnp.concatenate(found).reshape(len(block.ids), len(block.ids[0]), -1)
+            return by_chunk_KxCxD.swapaxes(0, 1).reshape(-1, by_chunk_KxCxD.shape[-1])
+
+        encode = jax.shard_map(on_device, mesh=self.mesh, in_specs=(DATA, DATA, EVERYWHERE), out_specs=DATA)
+        embeddings = encode(copies, block._replace(order_N=None), rng)
+        if block.order_N is None:
+            return embeddings
+        gathered = jax.lax.with_sharding_constraint(embeddings, NamedSharding(self.mesh, EVERYWHERE))
+        return jnp.take(gathered, block.order_N, axis=0)
