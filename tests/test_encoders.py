@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jdmdr import encoders
-from jdmdr.encoders import layers, pooling, static
+from jdmdr.encoders import attention, layers, pooling, static
 from jdmdr.encoders.config import EncoderConfig
 from jdmdr.types import Tokens, UserError
 
@@ -125,6 +125,23 @@ def test_sequences_packed_without_padding_give_what_each_gives_alone(family, poo
     )
     np.testing.assert_allclose(value, expected, rtol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), gradient, expected_gradient)
+
+
+def test_packed_attention_is_used_only_where_it_was_seen_to_be_right(monkeypatch):
+    config = dataclasses.replace(TRANSFORMER, dtype="bfloat16", attention_dropout=0.0)
+    assert not attention.packs(config)  # no GPU
+    monkeypatch.setattr(attention, "has_flash", lambda dtype: True)
+    for wrong in (lambda q, *_: q, lambda q, *_: q * jnp.nan, lambda q: q):
+        attention.packed_error.cache_clear()
+        monkeypatch.setattr(attention, "packed_flash", wrong)
+        assert not attention.packs(config)
+    right = functools.partial(attention.packed_plain, lambda x: x)
+    attention.packed_error.cache_clear()
+    monkeypatch.setattr(attention, "packed_flash", right)
+    assert attention.packs(config)
+    assert not attention.packs(dataclasses.replace(config, attention_dropout=0.1))
+    assert not attention.packs(dataclasses.replace(config, window=8, family="longformer"))
+    attention.packed_error.cache_clear()
 
 
 @pytest.mark.parametrize("family", ["bert", "roberta"])

@@ -49,6 +49,14 @@ def test_finds_what_brute_force_finds(rows, k, first, end):
     np.testing.assert_allclose(scores, expected_scores, rtol=1e-5, atol=1e-6)
 
 
+def test_many_queries_are_searched_in_parts_that_fit(monkeypatch):
+    corpus, queries = vectors(500), vectors(7, seed=1)
+    whole = search(corpus, queries, 10)
+    monkeypatch.setattr(resident, "MOST_SCORES", 3 * 512)
+    for found, expected in zip(search(corpus, queries, 10), whole, strict=True):
+        np.testing.assert_array_equal(found, expected)
+
+
 def test_ties_go_to_the_lower_row():
     corpus = np.tile(vectors(7), (60, 1))
     queries = vectors(2, seed=1)

@@ -10,7 +10,7 @@ Sources: Zhan et al. (SIGIR 2021), section 5, for the use; Jegou et al. (2011) f
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -24,6 +24,7 @@ from jdmdr.types import NO_HIT, UserError
 
 DTYPES = ("bfloat16", "float32", "int8")
 GROUP = 128  # rows whose maximum decides whether they are looked at one by one
+MOST_SCORES = 2**30  # that a device holds at a time: 4 GB, and below what 32-bit offsets can tell apart
 RESCORED = 2  # times k rows are found in int8 and scored again in float32
 
 
@@ -96,12 +97,16 @@ def top_k(
     def on_device(search_CxD, scale_C, q_BxD, first_B, end_B):
         rows = search_CxD.shape[0]
         base = jax.lax.axis_index("data") * rows
-        scores_BxC = _products(q_BxD, search_CxD)
-        if scale_C is not None:
-            scores_BxC *= scale_C
-        row_C = base + jnp.arange(rows)
-        inside_BxC = (row_C >= first_B[:, None]) & (row_C < end_B[:, None])
-        scores_BxK, places_BxK = _group_top_k(jnp.where(inside_BxC, scores_BxC, -jnp.inf), depth)
+
+        def best(q_BxD, first_B, end_B):
+            scores_BxC = _products(q_BxD, search_CxD)
+            if scale_C is not None:
+                scores_BxC *= scale_C
+            row_C = base + jnp.arange(rows)
+            inside_BxC = (row_C >= first_B[:, None]) & (row_C < end_B[:, None])
+            return _group_top_k(jnp.where(inside_BxC, scores_BxC, -jnp.inf), depth)
+
+        scores_BxK, places_BxK = _in_parts(best, max(1, MOST_SCORES // rows), q_BxD, first_B, end_B)
         gather = functools.partial(jax.lax.all_gather, axis_name="data", axis=1, tiled=True)
         return _best(gather(scores_BxK), gather(base + places_BxK), depth)
 
@@ -130,6 +135,17 @@ def scores(resident: Resident, q_BxD: jax.Array, rows_BxM: jax.Array, mesh: Mesh
     score = jax.shard_map(on_device, mesh=mesh, in_specs=(P("data"), P(), P()), out_specs=P())
     exact_CxD = resident.search_CxD if resident.exact_CxD is None else resident.exact_CxD
     return score(exact_CxD, q_BxD.astype(jnp.float32), rows_BxM)
+
+
+def _in_parts(function: Callable, most: int, *arrays_B: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """`function` on at most `most` rows at a time, and what it gives one after another."""
+    B = len(arrays_B[0])
+    if most >= B:
+        return function(*arrays_B)
+    parts = -(-B // most)
+    padded = [jnp.pad(x, [(0, parts * most - B)] + [(0, 0)] * (x.ndim - 1)) for x in arrays_B]
+    found = jax.lax.map(lambda xs: function(*xs), tuple(x.reshape(parts, most, *x.shape[1:]) for x in padded))
+    return tuple(x.reshape(parts * most, *x.shape[2:])[:B] for x in found)
 
 
 def _products(q_BxD: jax.Array, rows_CxD: jax.Array) -> jax.Array:
