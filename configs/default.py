@@ -177,6 +177,8 @@ def get_config():
     c.evaluate.hybrid = "minmax"  # fusion of the trained encoder with BM25: rrf | zscore | minmax
     c.evaluate.bootstrap = 1000  # samples of the 95 % interval
 
+    c.pretrain = pretraining()  # of an encoder on weak pairs (docs/clir.md); no part of the pipeline
+
     c.tune = ConfigDict()  # instruction tuning of an LLM (docs/llm_tuning.md); no part of the pipeline
     c.tune.model = ""  # directory of a Hugging Face checkpoint: Qwen3, Llama 3 or Gemma 3
     c.tune.instructions = ""  # file of English rows {instruction, input, output}: a JSON list, or an object a line
@@ -199,6 +201,38 @@ def get_config():
     c.tune.shard_gb = 5.0  # of a weights file of the tuned model
 
     return c.lock()
+
+
+def pretraining():
+    """The keys of query language modelling and relevance ranking: those of a training run, and where pairs come from."""
+    p = training()
+    p.sources = ""  # KIND:DIR, ... of articles: articles | parallel | corpus | xquad_r (jdmdr/articles.py)
+    p.min_words = 50  # of a section; shorter ones are left out
+    p.monolingual = False  # also pairs a sentence with the rest of its own section
+    p.valid_share = 0.1  # share of the articles held out: alignment P@1 is measured on them
+    p.align = ConfigDict()  # which sections of two articles belong together: the weighted mean of
+    p.align.cosine = 1.0  # the cosine of their heads by `encoder`,
+    p.align.items = 1.0  # the overlap of the concepts they link to,
+    p.align.position = 0.5  # and their relative places
+    p.align.threshold = 0.6  # below it a pair is dropped
+    p.align.encoder = ""  # Hugging Face name or directory; empty: without the cosine
+    p.scratch = ConfigDict()  # the transformer that is trained where encoder.name is empty
+    p.scratch.layers, p.scratch.width, p.scratch.heads, p.scratch.ffn = 4, 256, 4, 1024
+    p.query_length = 64  # tokens of a query
+    p.length = 512  # tokens of query and document together, special tokens included
+    p.mask_rate = 0.3  # of the candidates; at least one of a row
+    p.mask_mode = "query"  # where candidates are: query | document | mixed
+    p.negatives = 1  # documents of a query beside its positive
+    p.objective = ConfigDict()
+    p.objective.qlm_weight, p.objective.rr_weight = 1.0, 1.0  # 0: without it
+    p.objective.rr_loss = "pointwise"  # pointwise | pairwise_logistic | pairwise_hinge | listwise
+    p.objective.margin = 1.0  # of pairwise_hinge
+    p.objective.schedule = "joint"  # joint: one update on the sum | alternate: an update for each, by turns
+    p.objective.tied = True  # the LM head shares the word vectors; False: a matrix of its own
+    p.policy = "language_only"  # a batch is of one pair of languages
+    p.batch_size, p.learning_rate, p.decay, p.warmup_share, p.weight_decay = 32, 2e-5, "linear", 0.05, 0.01
+    p.keep = "last"  # last | best, by alignment P@1
+    return p
 
 
 def training():
@@ -282,4 +316,19 @@ def smoke(config, arg, others=()):
             config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 4, 2
             config.expand.rounds, config.expand.depths = 1, (8,)
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
+    return config
+
+
+def smoke_pretraining(config, arg):
+    """Shrinks the pretraining of `config` for `:smoke`: three languages of tinypedia, a transformer of two layers, a few steps."""
+    if arg not in ("", "smoke"):
+        raise UserError(f"{arg!r} behind the colon is not known; there is: smoke")
+    if arg:
+        with config.unlocked():
+            config.encoder.name, config.tokenizer.vocab_size = "", 1000
+            p = config.pretrain
+            p.sources = f"parallel:{TINYPEDIA}@en+es+sw"
+            p.min_words, p.length, p.query_length = 10, 96, 32
+            p.scratch.layers, p.scratch.width, p.scratch.heads, p.scratch.ffn = 2, 32, 2, 64
+            p.steps, p.batch_size, p.checkpoint_every, p.max_profiles, p.log_every = 6, 8, 3, 1, 1
     return config

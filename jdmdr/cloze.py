@@ -33,7 +33,7 @@ def inverse_cloze(passages: Iterable[tuple[int, Passage]]) -> Iterator[Pair]:
     """
     for row, passage in passages:
         title, text = passage.title.strip(), passage.text.strip()
-        sentences = _sentences(text)
+        sentences = split_sentences(text)
         if len(sentences) > 1:
             for sentence in sentences:
                 if len(sentence) >= _SHORTEST_SENTENCE:
@@ -43,7 +43,7 @@ def inverse_cloze(passages: Iterable[tuple[int, Passage]]) -> Iterator[Pair]:
             yield Pair(title, text, row)
 
 
-def _sentences(text: str) -> list[str]:
+def split_sentences(text: str) -> list[str]:
     pieces = _SENTENCE_END.split(text)
     if 2 * len(_NO_SENTENCE_MARKS.findall(text)) > len(text):
         pieces = [part for piece in pieces for part in piece.split()]

@@ -9,11 +9,13 @@ import shutil
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
+import safetensors.numpy
 
 from jdmdr import encoders
-from jdmdr.encoders import static
+from jdmdr.encoders import huggingface, static
 from jdmdr.encoders.lengthen import lengthen
 from jdmdr.optim import named_leaves
 from jdmdr.tokenizer import TokenStore
@@ -110,6 +112,16 @@ def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -
         checkpointer.save(target, params)
     write_json(directory / "encoder.json", config.to_dict())
     return fingerprint(params)
+
+
+def save_tree(path: pathlib.Path, tree: Any) -> None:
+    """Writes arrays in nested dicts to one safetensors file."""
+    huggingface.save_tensors({name: np.asarray(leaf) for name, leaf in named_leaves(jax.device_get(tree))}, path)
+
+
+def load_tree(path: pathlib.Path) -> Any:
+    """What `save_tree` wrote."""
+    return huggingface.nest({name: jnp.array(leaf) for name, leaf in safetensors.numpy.load_file(path).items()})
 
 
 def fingerprint(params: Any) -> str:

@@ -51,6 +51,7 @@ class PairTokenizer:
         self._characters = length * CHARACTERS_PER_TOKEN
         self.template = _template(self._backend, name_or_dir)
         self.vocab_size = len(found)
+        self.mask_id, self.special_ids = found.mask_token_id, sorted({*found.all_special_ids})
         self.uses_segments = "token_type_ids" in found.model_input_names
         self.room = length - self.template.size
         if self.room < 2:

@@ -13,7 +13,9 @@ from jdmdr import trainable
 from jdmdr.encoders import SIDES
 from jdmdr.gradcache import Shares
 from jdmdr.objectives import Objective
+from jdmdr.optim import path_name
 from jdmdr.shapes import encode_chunks
+from jdmdr.types import Tokens
 
 State = dict[str, Any]  # params, opt_state, step, skipped, skipped_in_a_row; frozen where not all parameters train
 
@@ -53,11 +55,16 @@ def make_step(
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state["step"])
+        # Texts read together are one block of Tokens, which the compiler spreads over the devices.
+        leaves = jax.tree.leaves(batch, is_leaf=lambda block: isinstance(block, Tokens))
+        here = None if any(isinstance(block, Tokens) for block in leaves) else shares
 
         def encode(params, chunks, side: str, output: str = "pooled"):
             side_rng = jax.random.fold_in(rng, SIDES.index(side))
             tower = encoder.tower(params, side)
-            encode_side = shares.encode if shares else encode_chunks
+            if isinstance(chunks, Tokens):
+                return encoder.apply(tower, chunks, output, side_rng)
+            encode_side = here.encode if here else encode_chunks
             return encode_side(
                 lambda p, tokens, key, widths: encoder.apply(p, tokens, output, key, widths), tower, chunks, side_rng
             )
@@ -65,7 +72,7 @@ def make_step(
         def loss(trained):
             lora_rng = jax.random.fold_in(rng, len(SIDES))
             params, own = trainable.assemble(trained, state.get("frozen", {}), lora, lora_rng)
-            params = shares.copies(params) if shares else params
+            params = here.copies(params) if here else params
             return objective.loss(params, own, batch, encode, rng, state["step"])
 
         (value, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(state["params"])
@@ -74,8 +81,14 @@ def make_step(
         updates, opt_state = optimiser.update(gradient, state["opt_state"], state["params"])
         params = optax.apply_updates(state["params"], updates)
 
+        # Without a gradient Adam would go on by its memory.
+        idle = [f"{trainable.OBJECTIVE}/{name}/" for name in objective.idle(batch)]
+
         def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            def of_leaf(path, n, o):
+                return o if any(name in f"{path_name(path)}/" for name in idle) else jnp.where(finite, n, o)
+
+            return jax.tree_util.tree_map_with_path(of_leaf, new, old)
 
         state = {
             **state,

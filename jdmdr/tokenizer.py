@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import tokenizers
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from jdmdr.types import Tokens, UserError
 from jdmdr.workdir import atomic, read_json, write_json
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import transformers
 
 PAD, UNKNOWN = "<pad>", "<unk>"
+AROUND, MASK = ("<s>", "</s>"), "<mask>"
 # No token of a real vocabulary is longer than this on average; what lies beyond would be truncated anyway.
 CHARACTERS_PER_TOKEN = 64
 BATCH = 1024
@@ -79,6 +80,22 @@ def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) 
         out_dir / "tokenizer_config.json",
         {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN},
     )
+
+
+def add_pair_tokens(directory: pathlib.Path) -> None:
+    """Gives a tokenizer directory BERT's special tokens: around a text, between the two of a pair, and for what is masked."""
+    backend = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    backend.add_special_tokens([*AROUND, MASK])
+    special = [(token, backend.token_to_id(token)) for token in AROUND]
+    first, end = AROUND
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{first} $A {end}", pair=f"{first} $A {end} $B:1 {end}:1", special_tokens=special
+    )
+    backend.save(str(directory / "tokenizer.json"))
+    path = directory / "tokenizer_config.json"
+    names = {"cls_token": first, "sep_token": end, "mask_token": MASK}
+    inputs = ["input_ids", "token_type_ids", "attention_mask"]
+    write_json(path, {**read_json(path), **names, "model_input_names": inputs})
 
 
 @contextlib.contextmanager

@@ -29,6 +29,7 @@ from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
 
 CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
+OWN = "objective.safetensors"  # the parameters that the objective brought
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
 VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
 
@@ -45,6 +46,7 @@ def train(
     seed: int,
     mesh: jax.sharding.Mesh,
     base: str | None = None,
+    measure: str = "ndcg@10",
 ) -> tuple[Any, dict[str, Any]]:
     """Trains for `section.steps` steps and returns the best parameters and the run's counts.
 
@@ -57,6 +59,7 @@ def train(
       validate: params -> nDCG@10 on the held-out train queries, or None where there are none.
       out_dir: gets `checkpoints/`, `log.jsonl` and `tensorboard/`. A run found there is gone on with, bit for bit as
         if it had never stopped (same device count, CPU). Adapters of a transformer are left in `adapter/` too.
+      measure: what `validate` measures.
       base: the checkpoint that `params` are, for the adapters to name; None where they are of no checkpoint.
 
     Raises:
@@ -80,7 +83,7 @@ def train(
         first = 0
         log = _Log(out_dir, -1)
         before = validate(encoder_params(state))
-        log.validation(0, before)
+        log.validation(0, measure, before)
         checkpoints.save(0, _saved(state), _score(before))
     else:
         restored, first = checkpoints.restore(latest, _saved(state))
@@ -106,7 +109,7 @@ def train(
             _account(log, bar, section, *pending)
             pending = None
             score = validate(encoder_params(state)) if validating else None
-            log.validation(done, score)
+            log.validation(done, measure, score)
             checkpoints.save(done, _saved(state), _score(score))
         if stopping:
             checkpoints.close()
@@ -136,11 +139,13 @@ def train(
         )
     counts = {"steps": section.steps, "best_step": best, "skipped_updates": skipped}
     if score != UNMEASURED:
-        counts["valid_ndcg@10"] = score
+        counts[f"valid_{measure}"] = score
     if section.lora.rank and encoder.config.kind == "transformer":
         peft.save(out_dir / ADAPTER, encoder.config, state["params"][trainable.LORA], section.lora, base)
     if objective.parameters:
-        counts["objective"] = objective.figures(state["params"][trainable.OBJECTIVE])
+        own = state["params"][trainable.OBJECTIVE]
+        counts["objective"] = objective.figures(own)
+        models.save_tree(out_dir / OWN, own)
     return encoder_params(state), counts
 
 
@@ -192,9 +197,9 @@ class _Log:
         self._board.write_event(Event(wall_time=time.time(), step=step, summary=Summary(value=values)))
         self._board.flush()
 
-    def validation(self, step: int, score: float | None) -> None:
+    def validation(self, step: int, measure: str, score: float | None) -> None:
         if score is not None:
-            self.write(step, {"valid_ndcg@10": score})
+            self.write(step, {f"valid_{measure}": score})
 
     def close(self) -> None:
         self._file.close()

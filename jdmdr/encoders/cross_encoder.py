@@ -47,9 +47,7 @@ class CrossEncoder:
 
     def logits(self, params: Params, tokens: Tokens) -> jax.Array:
         """What the classifier gives each label, float32 BxL; without dropout."""
-        first_BxD = TransformerEncoder(self.config).apply(params, tokens)
-        hidden_BxD = jnp.tanh(_linear(params["head"]["dense"], first_BxD))
-        return _linear(params["head"]["out"], hidden_BxD)
+        return classify(params["head"], TransformerEncoder(self.config).apply(params, tokens))
 
     def apply(self, params: Params, tokens: Tokens) -> jax.Array:
         """The log-odds of being relevant, float32 B.
@@ -62,6 +60,11 @@ class CrossEncoder:
             return logits_BxL[:, 0]
         others_BxL = jnp.delete(logits_BxL, self.relevant, axis=1)
         return logits_BxL[:, self.relevant] - jax.nn.logsumexp(others_BxL, axis=1)
+
+
+def classify(head: Params, first_BxD: jax.Array) -> jax.Array:
+    """What a head `dense`, `out` gives each label, float32 BxL, from the first tokens' vectors."""
+    return _linear(head["out"], jnp.tanh(_linear(head["dense"], first_BxD)))
 
 
 def _linear(layer: Params, x_BxD: jax.Array) -> jax.Array:

@@ -80,6 +80,20 @@ HEADS = {
     "longformer": ROBERTA_HEAD,
 }
 
+# The head of a masked language model: a dense layer, LayerNorm, the word vectors (or a matrix of its own) and a bias.
+ROBERTA_LM = {
+    "dense": "lm_head.dense",
+    "norm": "lm_head.layer_norm",
+    "bias": "lm_head.bias",
+    "decoder": "lm_head.decoder.weight",
+}
+BERT_LM = {
+    "dense": "cls.predictions.transform.dense",
+    "norm": "cls.predictions.transform.LayerNorm",
+    "bias": "cls.predictions.bias",
+    "decoder": "cls.predictions.decoder.weight",
+}
+
 PREFIX = re.compile(r"^(bert|roberta|longformer)\.")
 # Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
 NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(position_ids|token_type_ids)$)")
@@ -117,6 +131,18 @@ def head_names(family: str) -> Names:
     for ours, theirs in HEADS[family].items():
         yield f"{ours}/kernel", f"{theirs}.weight", True
         yield f"{ours}/bias", f"{theirs}.bias", False
+
+
+def lm_names(family: str, tied: bool) -> Names:
+    """The names of every parameter of a masked language model's head."""
+    of = BERT_LM if family == "bert" else ROBERTA_LM
+    yield "dense/kernel", f"{of['dense']}.weight", True
+    yield "dense/bias", f"{of['dense']}.bias", False
+    yield "norm/scale", f"{of['norm']}.weight", False
+    yield "norm/bias", f"{of['norm']}.bias", False
+    yield "bias", of["bias"], False
+    if not tied:
+        yield "decoder", of["decoder"], False
 
 
 def read_json_file(path: pathlib.Path) -> Any:
@@ -241,7 +267,7 @@ def read_params(directory: pathlib.Path, config: EncoderConfig) -> tuple[Params,
         shapes = {ours: (config.width, wide) if ours == "kernel" else (wide,) for ours in DUAL_HEAD}
         names = [(ours, theirs, ours == "kernel") for ours, theirs in DUAL_HEAD.items()]
         head = _leaves(directory, tensors, names, shapes)
-    return _nest(_encoder_leaves(directory, config, tensors)), _nest(head)
+    return nest(_encoder_leaves(directory, config, tensors)), nest(head)
 
 
 def read_classifier(directory: pathlib.Path, config: EncoderConfig) -> Params:
@@ -262,7 +288,21 @@ def read_classifier(directory: pathlib.Path, config: EncoderConfig) -> Params:
     shapes: dict[str, tuple[int, ...]] = {}
     for part, width in (("head/dense", config.width), ("head/out", labels)):
         shapes |= {f"{part}/kernel": (config.width, width), f"{part}/bias": (width,)}
-    return _nest(_encoder_leaves(directory, config, tensors) | _leaves(directory, head, names, shapes))
+    return nest(_encoder_leaves(directory, config, tensors) | _leaves(directory, head, names, shapes))
+
+
+def read_lm_head(directory: pathlib.Path, config: EncoderConfig, tied: bool) -> Params | None:
+    """The head of a masked language model (dense, norm, bias; unless `tied` a decoder, a copy of the word vectors where the
+    checkpoint ties them); None where the checkpoint has no such head."""
+    names = list(lm_names(config.family, tied=False))
+    tensors = _own_tensors(directory, keep=[theirs for _, theirs, _ in names])
+    tensors.setdefault(names[-1][1], tensors["embeddings.word_embeddings.weight"])
+    if any(theirs not in tensors for _, theirs, _ in names):
+        return None
+    D, V = config.width, config.vocab_size
+    shapes = {"dense/kernel": (D, D), "bias": (V,), "decoder": (V, D)}
+    shapes |= dict.fromkeys(("dense/bias", "norm/scale", "norm/bias"), (D,))
+    return nest(_leaves(directory, tensors, names[:-1] if tied else names, shapes))
 
 
 def _own_tensors(directory: pathlib.Path, keep: Sequence[str] = ()) -> dict[str, np.ndarray]:
@@ -310,7 +350,8 @@ def _leaves(
     return leaves
 
 
-def _nest(leaves: Mapping[str, jax.Array]) -> Params:
+def nest(leaves: Mapping[str, jax.Array]) -> Params:
+    """Arrays by slash-joined path as nested dicts."""
     params: dict[str, Any] = {}
     for path, leaf in leaves.items():
         *parents, last = path.split("/")
@@ -343,13 +384,46 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
 
     Keys of the config.json that the encoder came from are kept where they still hold.
     """
+    _write(config, _as_tensors(params, tensor_names(config)), directory, "Model", {})
+
+
+def write_classifier(config: EncoderConfig, params: Params, directory: pathlib.Path) -> None:
+    """As `write_checkpoint`, of a sequence classifier: `params` have a `head` (dense, out) beside the encoder's own."""
+    head = _as_tensors(params, head_names(config.family))
+    tensors = {f"bert.{name}" if name.startswith("pooler.") else name: tensor for name, tensor in head.items()}
+    labels = [f"LABEL_{i}" for i in range(len(params["head"]["out"]["bias"]))]
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+    _write(config, tensors | _inside(config, params), directory, "ForSequenceClassification", names)
+
+
+def write_masked_lm(config: EncoderConfig, params: Params, head: Params, directory: pathlib.Path) -> None:
+    """As `write_checkpoint`, of a masked language model; its head is tied to the word vectors unless it has a `decoder`."""
+    tied = "decoder" not in head
+    tensors = _inside(config, params) | _as_tensors(head, lm_names(config.family, tied))
+    _write(config, tensors, directory, "ForMaskedLM", {"tie_word_embeddings": tied})
+
+
+def _inside(config: EncoderConfig, params: Params) -> dict[str, np.ndarray]:
+    """The encoder's tensors by their names in a model with a head."""
+    prefix = "roberta" if config.family == "xlm-roberta" else config.family
+    return {f"{prefix}.{name}": tensor for name, tensor in _as_tensors(params, tensor_names(config)).items()}
+
+
+def _as_tensors(params: Params, names: Names) -> dict[str, np.ndarray]:
     leaves = {
         "/".join(entry.key for entry in path): np.asarray(leaf, np.float32)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params)
     }
-    tensors = {
-        theirs: leaves[ours].T if transposed else leaves[ours] for ours, theirs, transposed in tensor_names(config)
-    }
+    return {theirs: leaves[ours].T if transposed else leaves[ours] for ours, theirs, transposed in names}
+
+
+def _write(
+    config: EncoderConfig,
+    tensors: Mapping[str, np.ndarray],
+    directory: pathlib.Path,
+    kind: str,
+    more: Mapping[str, Any],
+) -> None:
     save_tensors(tensors, directory / "model.safetensors")
     original = {k: v for k, v in (config.original or {}).items() if k != "torch_dtype"}
     activation = original.get("hidden_act")
@@ -357,12 +431,13 @@ def write_checkpoint(config: EncoderConfig, params: Params, directory: pathlib.P
         activation = next(theirs for theirs, ours in ACTIVATIONS.items() if ours == config.activation)
     values = {
         **original,
-        "architectures": [ARCHITECTURES[config.family]],
+        "architectures": [ARCHITECTURES[config.family].replace("Model", kind)],
         "model_type": config.family,
         **({"attention_window": [config.window] * config.layers} if config.window else {}),
         "hidden_act": activation,
         "dtype": "float32",
         **{key: getattr(config, ours) for key, ours in CONFIG_KEYS.items()},
+        **more,
     }
     (directory / "config.json").write_text(json.dumps(values, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 

@@ -9,13 +9,14 @@ import jax
 import numpy as np
 
 from jdmdr.shapes import Chunks
+from jdmdr.types import Tokens
 
 
 class Encode(Protocol):
     """Embeds one side of a batch."""
 
-    def __call__(self, params: Any, chunks: Chunks, side: str, output: str = "pooled") -> jax.Array:
-        """Args: side "query" or "passage"; output "pooled" (NxD, plan order) or "tokens"."""
+    def __call__(self, params: Any, chunks: Chunks | Tokens, side: str, output: str = "pooled") -> jax.Array:
+        """Args: side "query" or "passage"; output "pooled" (NxD, plan order) or, of one block of Tokens, "tokens" (NxTxD)."""
 
 
 class Loss(Protocol):
@@ -40,6 +41,8 @@ class Objective(NamedTuple):
     loss: Loss
     parameters: Mapping[str, jax.Array] = {}  # where they start
     figures: Callable[[Any], dict[str, float]] = lambda extra: {}  # what a person wants to know of them in the end
+    # batch -> names of own parameters that it does not train: they, and the optimiser's memory of them, stay as they are
+    idle: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda batch: ()
     arrays: Mapping[str, Any] = {}  # on the devices; each step gets them beside its batch, and no step changes them
 
 
