@@ -179,6 +179,10 @@ def get_config():
 
     c.pretrain = pretraining()  # of an encoder on weak pairs (docs/clir.md); no part of the pipeline
 
+    c.rerank = (
+        reranking()
+    )  # of judged or retrieved candidates, by cross-validation (docs/clir.md); no part of the pipeline
+
     c.tune = ConfigDict()  # instruction tuning of an LLM (docs/llm_tuning.md); no part of the pipeline
     c.tune.model = ""  # directory of a Hugging Face checkpoint: Qwen3, Llama 3 or Gemma 3
     c.tune.instructions = ""  # file of English rows {instruction, input, output}: a JSON list, or an object a line
@@ -225,6 +229,8 @@ def pretraining():
     p.negatives = 1  # documents of a query beside its positive
     p.objective = ConfigDict()
     p.objective.qlm_weight, p.objective.rr_weight = 1.0, 1.0  # 0: without it
+    p.objective.bi_weight = 0.0  # of a contrastive loss in the batch, query and document read apart; not in the paper
+    p.objective.temperature = 0.05  # of that loss: divides the scores
     p.objective.rr_loss = "pointwise"  # pointwise | pairwise_logistic | pairwise_hinge | listwise
     p.objective.margin = 1.0  # of pairwise_hinge
     p.objective.schedule = "joint"  # joint: one update on the sum | alternate: an update for each, by turns
@@ -233,6 +239,28 @@ def pretraining():
     p.batch_size, p.learning_rate, p.decay, p.warmup_share, p.weight_decay = 32, 2e-5, "linear", 0.05, 0.01
     p.keep = "last"  # last | best, by alignment P@1
     return p
+
+
+def reranking():
+    """The keys of a re-ranker's fine-tuning over folds: those of a training run, and where queries and documents are."""
+    r = training()
+    r.topics, r.qrels, r.corpus = "", "", ""  # files; {query} and {document} in them stand for the languages
+    r.run = ""  # TREC run whose hits are the candidates, or bm25; empty: what is judged for a query
+    r.query_langs, r.document_langs = "", ""  # comma-separated, each with each; empty: the paths name no language
+    r.monolingual = False  # also queries and documents of one language
+    r.fields = "title,text"  # of a document's row, that are its text
+    r.depth = 100  # candidates of a query taken from the run
+    r.folds = ""  # JSON file {"f1": [qid, ...], ... "f5": [...]}; empty: by a hash
+    r.length = 512  # tokens of query and document together, special tokens included
+    r.negatives = 1  # documents of a query beside a relevant one
+    r.tune_top = 3  # layers that train, the last ones, with the head; 0: everything
+    r.objective = ConfigDict()
+    r.objective.rr_weight = 1.0
+    r.objective.rr_loss = "pointwise"  # pointwise | pairwise_logistic | pairwise_hinge | listwise
+    r.objective.margin = 1.0  # of pairwise_hinge
+    r.batch_size, r.learning_rate, r.decay, r.warmup_share, r.clip = 16, 2e-5, "constant", 0.0, 0.0
+    r.epochs, r.checkpoint_every = 20.0, 100
+    return r
 
 
 def training():

@@ -21,8 +21,8 @@ AVERAGE = "avg"  # the macro average's name among the languages
 
 LONGEST = 1000  # ranks a query that MS MARCO's script reads
 
-_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "recall": "recall_{}", "mrr": "recip_rank", "map": "map"}
-_MEASURE = re.compile(r"(ndcg|msmarco_mrr|(?:recall|mrr|map)(?:\(rel=[1-9]\))?)(?:@([1-9]\d*))?")
+_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "p": "P_{}", "recall": "recall_{}", "mrr": "recip_rank", "map": "map"}
+_MEASURE = re.compile(r"(ndcg|msmarco_mrr|(?:p|recall|mrr|map)(?:\(rel=[1-9]\))?)(?:@([1-9]\d*))?")
 _BLOCK = 1 << 22  # values drawn at once
 
 
@@ -34,7 +34,7 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """{measure: {qid: value}} for every query of the qrels.
 
-    ndcg@k (linear gain), recall@k, mrr@k and map are trec_eval's (pytrec_eval). The mean of the values is that of
+    ndcg@k (linear gain), p@k (precision), recall@k, mrr@k and map are trec_eval's (pytrec_eval). The mean of the values is that of
     `trec_eval -c`: a query absent from the run counts 0, and so does one without a relevant judgment; queries that only
     the run has are left out. Relevance counts from 1, or from R in recall(rel=R)@k, mrr(rel=R)@k and map(rel=R).
     trec_eval holds scores as float32 and orders equal ones by docid, descending. float32 scores that differ, as in
@@ -66,7 +66,7 @@ def parse_measure(measure: str) -> tuple[str, int, int | None]:
     match = _MEASURE.fullmatch(measure)
     if not match or (match[1].startswith("map") != (match[2] is None)):
         raise UserError(
-            f"measure is {measure!r}: choose from ndcg@k, recall@k, mrr@k, map and msmarco_mrr@k, such as ndcg@10; "
+            f"measure is {measure!r}: choose from ndcg@k, p@k, recall@k, mrr@k, map and msmarco_mrr@k, such as ndcg@10; "
             "recall(rel=2)@k, mrr(rel=2)@k and map(rel=2) count relevance from 2"
         )
     kind, _, level = match[1].partition("(rel=")

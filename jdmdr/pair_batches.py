@@ -15,7 +15,7 @@ from jdmdr.batches import Ragged
 from jdmdr.cloze import split_sentences
 from jdmdr.encoders.long_attention import MOST_GLOBAL
 from jdmdr.hashing import rng
-from jdmdr.pairs import Pairs, PairTokenizer
+from jdmdr.pairs import Pairs, PairTokenizer, Template
 from jdmdr.planner import Planner
 from jdmdr.reading import lines
 from jdmdr.section_pairs import Sections
@@ -23,6 +23,7 @@ from jdmdr.tokenizer import NO_END, TokenStore, write_tokens
 from jdmdr.types import Tokens, UserError
 
 MASK_MODES = ("query", "document", "mixed")
+PARTS = ("qlm", "rr", "bi")  # of the objective (objectives/qlm_rr.py)
 EASY = 0.75  # to the power of the number of hard negatives: the chance that a negative is an easy one
 SHORTEST_QUERY = 5  # tokens
 WIDTH_MULTIPLE = 16
@@ -83,16 +84,15 @@ class SectionTokens:
         return found.ids_BxT[found.mask_BxT > 0]
 
 
-class Whole:
-    """A token source whose sequence i is section i by itself, with the special tokens of a text."""
+class Alone:
+    """A token source whose sequence i is the text `ids_of(i)` by itself, with the special tokens of a text."""
 
-    def __init__(self, sections: SectionTokens, tokenizer: PairTokenizer, length: int):
-        self._sections, self._template, self._length = sections, tokenizer.template, length
+    def __init__(self, template: Template, ids_of: Callable[[int], np.ndarray], length: int):
+        self._template, self._ids_of = template, ids_of
+        self._room = length - len(template.prefix) - len(template.suffix)
 
     def _ids(self, row: int) -> np.ndarray:
-        t = self._template
-        room = self._length - len(t.prefix) - len(t.suffix)
-        return np.concatenate([t.prefix, self._sections.ids(self._sections.sentences(row))[:room], t.suffix])
+        return np.concatenate([self._template.prefix, self._ids_of(row)[: self._room], self._template.suffix])
 
     def lengths(self, rows: np.ndarray) -> np.ndarray:
         return np.fromiter((len(self._ids(row)) for row in rows), np.int32, len(rows))
@@ -150,6 +150,7 @@ class Example(NamedTuple):
 
     query: np.ndarray  # token ids
     document: np.ndarray
+    row: int  # the document's section
 
 
 class PairBatches:
@@ -187,51 +188,55 @@ class PairBatches:
         used = np.unique(np.concatenate([pairs.source_n, pairs.target_n]))
         lang = np.searchsorted(sections.bases, used, side="right") - 1
         self._easy = {i: used[lang == i] for i in np.unique(lang).tolist()}
-        self.parts = tuple(p for p, on in (("qlm", config.objective.qlm_weight > 0), ("rr", config.objective.rr_weight > 0)) if on)  # fmt: skip
+        self.parts = tuple(part for part in PARTS if config.objective[f"{part}_weight"] > 0)
         if not self.parts:
-            raise UserError("pretrain.objective.qlm_weight and rr_weight are both 0; give one of them")
+            raise UserError("pretrain.objective has no weight above 0; give one to qlm, rr or bi")
+        self._turns = len(self.parts) if config.objective.schedule == "alternate" else 1
 
     @property
     def shapes(self) -> int:
         """How many differently shaped batches there are."""
-        turns = len(self.parts) if self._config.objective.schedule == "alternate" else 1
-        return turns * len(self.widths)
+        return self._turns * len(self.widths)
 
     @property
     def steps_per_epoch(self) -> int:
-        turns = len(self.parts) if self._config.objective.schedule == "alternate" else 1
-        return turns * self._planner.steps_before(1)
+        return self._turns * self._planner.steps_before(1)
 
     def make(self, step: int) -> tuple[dict[str, Any], dict[str, float]]:
         """The batch and figures to log.
 
         Returns:
           qlm: Tokens of B pairs with masked tokens, and `mask_pos_BxP`, `mask_tgt_BxP`, `mask_w_BxP`; rr: Tokens of B * (1 + K)
-          pairs, each query's positive first. With the schedule `alternate` one of them by turns.
+          pairs, each query's positive first; bi: the queries' and the documents' Tokens of B pairs, each text by itself, and
+          `bi_ids_B`, equal where two documents are of one section. With the schedule `alternate` one of them by turns.
         """
         c = self._config
-        parts, own_step = self.parts, step
-        if c.objective.schedule == "alternate":
-            own_step, turn = divmod(step, len(self.parts))
-            parts = self.parts[turn : turn + 1]
+        own_step, turn = divmod(step, self._turns)
+        parts = self.parts if self._turns == 1 else self.parts[turn : turn + 1]
         plan = self._planner.plan(own_step)
         random = rng(self._seed, "pretraining batch", step)
-        made = {}
-        if "qlm" in parts:
-            made["qlm"] = [self._example(index, random, 0)[0] for index in plan.index_B]
-        if "rr" in parts:
-            made["rr"] = [e for index in plan.index_B for e in self._example(index, random, c.negatives)]
-        sources = {part: self._source(examples) for part, examples in made.items()}
-        longest = max(int(of.lengths(np.arange(len(made[part]))).max()) for part, of in sources.items())
+        examples = {part: [e for index in plan.index_B for e in self._example(index, random, c.negatives if part == "rr" else 0)]
+                    for part in parts}  # fmt: skip
+        sources: dict[str, tuple[Any, ...]] = {
+            part: self._apart(of) if part == "bi" else (self._together(of),) for part, of in examples.items()
+        }
+        longest = max(int(of.lengths(np.arange(len(examples[part]))).max()) for part in parts for of in sources[part])
         width = next(w for w in self.widths if w >= longest)
-        batch: dict[str, Any] = {part: of.gather(np.arange(len(made[part])), width) for part, of in sources.items()}
+        blocks = {part: [of.gather(np.arange(len(examples[part])), width) for of in sources[part]] for part in parts}
+        batch: dict[str, Any] = {part: of[0] if len(of) == 1 else tuple(of) for part, of in blocks.items()}
         if "qlm" in parts:
-            batch |= self._mask(batch["qlm"], made["qlm"], random)
-        blocks = [batch[part].mask_BxT for part in parts]
-        padding = 1 - sum(int(mask.sum()) for mask in blocks) / sum(mask.size for mask in blocks)
+            batch |= self._mask(batch["qlm"], examples["qlm"], random)
+        if "bi" in parts:
+            batch["bi_ids_B"] = np.array([e.row for e in examples["bi"]], np.int32)
+        masks = [block.mask_BxT for of in blocks.values() for block in of]
+        padding = 1 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
         return batch, {"epoch": plan.epoch, "pair": plan.lang, "padding_share": padding}
 
-    def _source(self, examples: Sequence[Example]) -> Pairs:
+    def _apart(self, examples: Sequence[Example]) -> tuple[Alone, Alone]:
+        sides = [e.query for e in examples], [e.document for e in examples]
+        return tuple(Alone(self._tokenizer.template, side.__getitem__, self._config.length) for side in sides)
+
+    def _together(self, examples: Sequence[Example]) -> Pairs:
         every = np.arange(len(examples))
         return Pairs(self._tokenizer.template, [e.query for e in examples], every, [e.document for e in examples], every,
                      self._config.length, self._uses_segments)  # fmt: skip
@@ -248,10 +253,11 @@ class PairBatches:
         sentence = int(random.choice(long_enough if len(long_enough) else candidates))
         query = self._sections.ids(np.array([sentence]))[: self._query_length]
         own = self._sections.sentences(row)
-        documents = [self._sections.ids(own[own != sentence])]  # a sentence stands in no document that it asks for
+        # a sentence stands in no document that it asks for
+        found = [Example(query, self._sections.ids(own[own != sentence]), int(row))]
         for other in choose_negatives(random, negatives, int(row), listed, self._easy_for(row)):
-            documents.append(self._sections.ids(self._sections.sentences(other)))
-        return [Example(query, document) for document in documents]
+            found.append(Example(query, self._sections.ids(self._sections.sentences(other)), other))
+        return found
 
     def _easy_for(self, row: int) -> np.ndarray:
         return self._easy[int(np.searchsorted(self._sections.bases, row, side="right")) - 1]

@@ -9,7 +9,7 @@ evaluate, export; with a language model also judge and expand.
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -71,6 +71,13 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
             )
         workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
     return recipe
+
+
+def bring(stages: Iterable[Stage], directory: pathlib.Path, target: str, redo: bool) -> None:
+    """Brings one of these stages, and what it needs, up to date under `directory`."""
+    by_name = {stage.name: stage for stage in stages}
+    for name in needed(by_name, target):
+        workdir.bring_up_to_date(by_name[name], directory, redo, progress.say)
 
 
 def needed(stages: dict[str, Stage], target: str) -> list[str]:

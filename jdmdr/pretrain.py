@@ -187,7 +187,7 @@ class Pretraining:
         if section.steps is None:
             with section.unlocked(), section.ignore_type():
                 section.steps = math.ceil(p.epochs * batches.steps_per_epoch)
-        heads = {qlm_rr.HEAD_OF[part]: heads[qlm_rr.HEAD_OF[part]] for part in batches.parts}
+        heads = {head: heads[head] for part, head in qlm_rr.HEAD_OF.items() if part in batches.parts}
         objective = qlm_rr.make_objective(p.objective, encoder_config, heads, 1 + p.negatives)
         progress.say(f"  {len(found.source_n)} pairs of {len(found.groups)} pairs of languages, {section.steps} steps")
         validation = lambda params: self._alignment(params, encoder_config, "mean").get("average")
@@ -226,7 +226,8 @@ class Pretraining:
             return {}
         mesh = parallel.data_mesh()
         encoder = encoders.build(dataclasses.replace(encoder_config, pooling=pooling, normalize=True))
-        source = pair_batches.Whole(self.tokens, self._tokenizer(), self.config.pretrain.length)
+        whole = lambda row: self.tokens.ids(self.tokens.sentences(row))
+        source = pair_batches.Alone(self._tokenizer().template, whole, self.config.pretrain.length)
         rows = np.unique(np.concatenate([found.source_n, found.target_n]))
         vectors_CxD = Embedder(encoder, mesh, self.config.pretrain.length, "passage").embed(params, source, rows)
         out = {}
@@ -257,7 +258,7 @@ def precision_at_1(one_NxD: np.ndarray, two_NxD: np.ndarray) -> float:
 def table(directory: pathlib.Path) -> str:
     found = read_json(directory / TARGET / f"{TARGET}.json")
     names = list(found["after"]["mean"])
-    columns = [(when, pooling) for when in found for pooling in POOLINGS]
+    columns = [(when, pooling) for when in ("before", "after") for pooling in POOLINGS]
     rows = [[name, *(f"{found[when][pooling][name]:.3f}" for when, pooling in columns)] for name in names]
     return tabulate(rows, ["alignment P@1", *(f"{when}, {pooling}" for when, pooling in columns)], disable_numparse=True,
                     stralign="right")  # fmt: skip
@@ -292,9 +293,7 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
     """Brings stage `target` and all that it needs up to date under `directory`."""
     check_config(config)
     check(config)
-    stages = {stage.name: stage for stage in Pretraining(config, directory).stages()}
-    for name in pipeline.needed(stages, target):
-        workdir.bring_up_to_date(stages[name], directory, redo, progress.say)
+    pipeline.bring(Pretraining(config, directory).stages(), directory, target, redo)
 
 
 def _command(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:

@@ -53,9 +53,7 @@ def command(target: str, doc: str) -> None:
             return
         if target == MERGED:
             check_libraries()
-        all_stages = {stage.name: stage for stage in stages(config, directory, target)}
-        for name in pipeline.needed(all_stages, target):
-            workdir.bring_up_to_date(all_stages[name], directory, values.redo, progress.say)
+        pipeline.bring(stages(config, directory, target), directory, target, values.redo)
         print(directory / target)
 
     cli.run(bring, doc)

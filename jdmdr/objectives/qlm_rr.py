@@ -12,7 +12,11 @@ and with one positive (label 1, first) and K negatives a query, s the log-odds o
     pairwise_hinge     L_RR = mean over negatives of max(0, margin - s+ + s-)
     listwise           L_RR = mean over queries of -log( e^{s+} / sum_k e^{s_k} )
 
-L = qlm_weight L_QLM + rr_weight L_RR over what the batch holds: both, or one of them by turns. Logits are computed at masked
+and, which the source does not have, with the mean token vectors q_i and x_i of query and document read apart, at unit length,
+
+    L_bi = mean_i of -log( e^{q_i x_i / t} / sum_j e^{q_i x_j / t} )      over documents j of other sections
+
+L = qlm_weight L_QLM + rr_weight L_RR + bi_weight L_bi over what the batch holds: all, or one of them by turns. Logits are computed at masked
 positions alone, B x P x V and never B x T x V.
 
 Source: Yu, Fei and Li, "Cross-lingual Language Model Pretraining for Retrieval" (WWW 2021); `pointwise`, its two logits as their
@@ -31,7 +35,9 @@ from jdmdr.encoders import Params
 from jdmdr.encoders.config import EncoderConfig
 from jdmdr.encoders.cross_encoder import classify
 from jdmdr.encoders.layers import dense, layer_norm
+from jdmdr.encoders.pooling import mean, unit_length
 from jdmdr.encoders.transformer import ACTIVATIONS
+from jdmdr.objectives.contrastive import similarities
 from jdmdr.objectives.protocol import Objective
 
 RR_LOSSES = ("pointwise", "pairwise_logistic", "pairwise_hinge", "listwise")
@@ -45,7 +51,7 @@ def make_objective(config: Any, encoder: EncoderConfig, heads: Mapping[str, Para
 
     Args:
       heads: where `lm_head` (dense, norm, bias, and decoder where it is not tied) and `rank_head` (dense, out) start; one that is
-        not there is not trained for.
+        not there is not trained for, but `rr` then goes by the parameters' own `head`.
       per_query: 1 + K, documents of each query in `batch["rr"]`, its positive first.
     """
 
@@ -59,9 +65,15 @@ def make_objective(config: Any, encoder: EncoderConfig, heads: Mapping[str, Para
             total, metrics = total + config.qlm_weight * value, metrics | found
         if "rr" in batch:
             first_NxD = encode(params, batch["rr"], "passage")
-            scores_N = classify(extra[RANK_HEAD], first_NxD)[:, 0]
+            scores_N = classify(extra[RANK_HEAD] if RANK_HEAD in extra else params["head"], first_NxD)[:, 0]
             value, found = rr_loss(scores_N.reshape(-1, per_query), config.rr_loss, config.margin)
             total, metrics = total + config.rr_weight * value, metrics | found
+        if "bi" in batch:
+            sides = [
+                unit_length(mean(encode(params, side, "passage", "tokens"), side.mask_BxT)) for side in batch["bi"]
+            ]
+            value, found = bi_loss(*sides, batch["bi_ids_B"], config.temperature)
+            total, metrics = total + config.bi_weight * value, metrics | found
         return total, {**metrics, "loss": total}
 
     def idle(batch: Mapping[str, Any]) -> tuple[str, ...]:
@@ -106,6 +118,19 @@ def rr_loss(scores_BxK: jax.Array, name: str, margin: float) -> tuple[jax.Array,
             loss = (jax.nn.logsumexp(scores_BxK, axis=1) - positive_Bx1[:, 0]).mean()
     ahead = (positive_Bx1 > negative_BxK).all(axis=1).mean()
     return loss, jax.lax.stop_gradient({"rr_loss": loss, "rr_accuracy": ahead})
+
+
+def bi_loss(
+    q_BxD: jax.Array, x_BxD: jax.Array, ids_B: jax.Array, temperature: float
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """L_bi of embeddings; documents of one section (equal ids) are no negatives of each other's queries."""
+    scores_BxB = similarities(q_BxD, x_BxD) / temperature
+    own_B = jnp.diagonal(scores_BxB)
+    twin_BxB = (ids_B[:, None] == ids_B) & ~jnp.eye(len(ids_B), dtype=bool)
+    scores_BxB = jnp.where(twin_BxB, -jnp.inf, scores_BxB)
+    loss = (jax.nn.logsumexp(scores_BxB, axis=1) - own_B).mean()
+    right = (own_B >= scores_BxB.max(axis=1)).mean()
+    return loss, jax.lax.stop_gradient({"bi_loss": loss, "bi_accuracy": right})
 
 
 def init_heads(rng: jax.Array, config: EncoderConfig, tied: bool) -> dict[str, Params]:
