@@ -183,6 +183,8 @@ def get_config():
         reranking()
     )  # of judged or retrieved candidates, by cross-validation (docs/clir.md); no part of the pipeline
 
+    c.spans = answering()  # extractive question answering on SQuAD's JSON (docs/clir.md); no part of the pipeline
+
     c.tune = ConfigDict()  # instruction tuning of an LLM (docs/llm_tuning.md); no part of the pipeline
     c.tune.model = ""  # directory of a Hugging Face checkpoint: Qwen3, Llama 3 or Gemma 3
     c.tune.instructions = ""  # file of English rows {instruction, input, output}: a JSON list, or an object a line
@@ -261,6 +263,24 @@ def reranking():
     r.batch_size, r.learning_rate, r.decay, r.warmup_share, r.clip = 16, 2e-5, "constant", 0.0, 0.0
     r.epochs, r.checkpoint_every = 20.0, 100
     return r
+
+
+def answering():
+    """The keys of a reader of spans: those of a training run, and where questions are."""
+    s = training()
+    s.train = ""  # SQuAD JSON, comma-separated files
+    s.test = ""  # SQuAD JSON; {context} and {question} in it stand for the languages
+    s.langs = ""  # comma-separated, of the tests: contexts of each with questions of each
+    s.data = ""  # a data root that the JSON is made of instead; languages empty: all of it
+    s.train_split, s.test_split = "train", "test"  # of its topics; ONE-OTHER: what ONE has and OTHER lacks
+    s.train_langs = ""  # of its training questions, each with contexts of its own language
+    s.length = 384  # tokens of question and window together, special tokens included
+    s.query_length = 64  # tokens of a question
+    s.overlap = 128  # tokens that two windows of a context share
+    s.max_answer = 64  # tokens of an answer
+    s.epochs, s.batch_size, s.learning_rate = 2.0, 16, 3e-5
+    s.keep = "last"
+    return s
 
 
 def training():

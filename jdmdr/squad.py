@@ -38,7 +38,12 @@ def read(path: pathlib.Path) -> list[Question]:
     """
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        rows = [(qa, paragraph["context"]) for a in found["data"] for paragraph in a["paragraphs"] for qa in paragraph["qas"]]
+        rows = [
+            (qa, paragraph["context"])
+            for a in found["data"]
+            for paragraph in a["paragraphs"]
+            for qa in paragraph["qas"]
+        ]
         questions = []
         for qa, context in rows:
             given = [] if qa.get("is_impossible") else qa["answers"]
@@ -52,7 +57,9 @@ def read(path: pathlib.Path) -> list[Question]:
     for of in questions:
         for text, start in of.answers:
             if of.context[start : start + len(text)] != text:
-                raise UserError(f"{path}: the answer {text[:40]!r} of question {of.id!r} does not stand at character {start}")
+                raise UserError(
+                    f"{path}: the answer {text[:40]!r} of question {of.id!r} does not stand at character {start}"
+                )
     if not questions:
         raise UserError(f"{path} holds no question")
     return questions
@@ -94,7 +101,9 @@ class Root:
         topics = self._files[question].topics
         for wanted in filter(None, (name, without)):
             if wanted not in topics:
-                raise UserError(f"{self.directory} has no topics {wanted!r} of {question}; there are: {', '.join(topics) or 'none'}")
+                raise UserError(
+                    f"{self.directory} has no topics {wanted!r} of {question}; there are: {', '.join(topics) or 'none'}"
+                )
         left_out = {query.qid for query in reading.topics(topics[without])} if without else set()
         judged: dict[str, list[str]] = {}
         for path in self._files[question].qrels.values():
@@ -107,7 +116,9 @@ class Root:
             if start >= 0:
                 found.append(Question(query.qid, query.text, contexts[docid], [(passages[docid], start)]))
         if not found:
-            raise UserError(f"{self.directory}: no query {split!r} of {question} has its answer in a context of {context}")
+            raise UserError(
+                f"{self.directory}: no query {split!r} of {question} has its answer in a context of {context}"
+            )
         return found
 
 
@@ -131,7 +142,9 @@ ARTICLES = {
     "vi": r"\b(của|là|cái|chiếc|những)\b",
     "ar": r"\bال",
 }
-BY_CHARACTER = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]")  # written without spaces
+BY_CHARACTER = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff]"
+)  # written without spaces
 
 
 def normalize(text: str, lang: str) -> list[str]:
