@@ -54,6 +54,7 @@ setup(
         "data": ["importlib-resources", "tensorflow-datasets"],  # the second imports the first without asking for it
         "llm": ["google-tunix==0.1.7", "qwix==0.1.8"],  # in an environment of its own: older safetensors
         "fasttext": ["fasttext-wheel"],
+        "wikipedia": ["mwparserfromhell", "mwxml"],
         "test": [
             "fasttext-wheel",
             "hypothesis",

@@ -32,6 +32,8 @@ def get_config():
 
     c.data.cloze_per_lang = 20_000  # passages, chosen at random, that inverse-cloze pairs are made of
 
+    c.data.pairs = ""  # a working directory of jdmdr.pretrain, whose weak pairs the shares `pairs_share` are drawn from
+
     c.tokenizer = ConfigDict()
     c.tokenizer.name = ""  # Hugging Face name or directory; empty: the encoder's own, or one trained on the corpus
     c.tokenizer.vocab_size = 16_000  # pieces of a tokenizer trained on the corpus
@@ -293,6 +295,7 @@ def training():
     t.passage_length = placeholder(int)  # and of a passage; None: encoder.passage_length
     t.passages_per_query = 8  # 1 positive and the rest hard negatives; 0 for adore, which finds its passages itself
     t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)
+    t.pairs_share = 0.0  # share of the steps on the weak pairs of data.pairs
     t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
     t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
 

@@ -110,12 +110,13 @@ def check_config(config: ConfigDict) -> None:
     for section in sections:
         _check_objective(f"{section}.objective", config[section].objective)
         _check_passages(section, config[section])
+        _check_shares(section, config)
         _check_regexes(section, config[section])
     for key in (
         "data.valid_share",
         "topics.least_probability",
         "tune.warmup_share",
-        *(f"{s}.{key}" for s in sections for key in ("cloze_share", "lora.dropout")),
+        *(f"{s}.{key}" for s in sections for key in ("cloze_share", "pairs_share", "lora.dropout")),
     ):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
@@ -264,9 +265,23 @@ def _check_passages(name: str, section: ConfigDict) -> None:
         )
     if objective.dimensions:
         raise UserError(f"{name}.objective.dimensions: {objective.name} searches whole vectors; leave it empty")
-    if section.cloze_share:
+    for key in ("cloze_share", "pairs_share"):
+        if section[key]:
+            raise UserError(
+                f"{name}.{key} is {section[key]}; {objective.name} has no passages in its batches, so it is 0"
+            )
+
+
+def _check_shares(name: str, config: ConfigDict) -> None:
+    section = config[name]
+    if section.cloze_share + section.pairs_share >= 1:
         raise UserError(
-            f"{name}.cloze_share is {section.cloze_share}; {objective.name} has no passages in its batches, so it is 0"
+            f"{name}.cloze_share {section.cloze_share} and pairs_share {section.pairs_share} leave nothing for training queries; "
+            "lower one of them"
+        )
+    if section.pairs_share and not config.data.pairs:
+        raise UserError(
+            f"{name}.pairs_share is {section.pairs_share}, but data.pairs names no working directory of jdmdr.pretrain"
         )
 
 

@@ -31,6 +31,7 @@ from jdmdr import (
     pipeline,
     progress,
     report,
+    section_pairs,
     sources,
     splits,
     tokenizer,
@@ -67,7 +68,13 @@ class Recipe(MiningStages):
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         stored = {k: v for k, v in plain["encode"].items() if k != "dimensions"}  # a cut of the trained encoder alone
         raw = [p for f in self.files.values() for p in f.paths()]
-        cloze = {s: ("cloze",) if trains(c[s]) and c[s].cloze_share > 0 else () for s in ("warmup", "train")}
+        wants = lambda s, share: trains(c[s]) and c[s][share] > 0
+        cloze = {s: (*(["cloze"] if wants(s, "cloze_share") else []), *(["weak"] if wants(s, "pairs_share") else []))
+                 for s in ("warmup", "train")}  # fmt: skip
+        weak_files = [
+            p for part in ("sections", "pairs") for p in sorted(pathlib.Path(c.data.pairs, part).glob("*.jsonl"))
+        ]
+        weak = Stage("weak", self.make_weak, {"seed": c.seed, **lengths}, ("corpus", "tokenizer"), tuple(weak_files))
         pooled = any(s.corpus in POOLED for s in self.splits)
         searching = c.train.objective.name in objectives.SEARCHING  # it finds its passages while it trains
         mining = [] if searching else self._mining_stages(split)
@@ -77,7 +84,8 @@ class Recipe(MiningStages):
             Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
             *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
-                    ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]}],
+                    ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]} & {"cloze"}],
+            *([weak] if "weak" in {*cloze["warmup"], *cloze["train"]} else []),
             Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
                   ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
             Stage("bm25", self.index_bm25, {}, ("corpus",)),
@@ -153,6 +161,13 @@ class Recipe(MiningStages):
             for index, lang in enumerate(self.library.langs)
         }
 
+    def make_weak(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        c = self.config
+        tokenizers = self._tokenizer("query"), self._tokenizer("passage")
+        return section_pairs.write_training(
+            pathlib.Path(c.data.pairs), self.library.langs, c.seed, out_dir, *tokenizers
+        )
+
     def _run_training(
         self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topic_names: Sequence[str],
         base: str | None,
@@ -192,11 +207,15 @@ class Recipe(MiningStages):
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
-        """The section's sources: its training set, and inverse-cloze pairs where it wants them."""
-        found = [sources.Source(training_set, 1 - section.cloze_share, section.passages_per_query)]
+        """The section's sources: its training set, and inverse-cloze pairs and weak ones where it wants them."""
+        own = 1 - section.cloze_share - section.pairs_share
+        found = [sources.Source(training_set, own, section.passages_per_query)]
         if trains(section) and section.cloze_share > 0:
             pairs = sources.cloze(self.directory / "cloze", self.library, self.vocab_size)
             found.append(sources.Source(pairs, section.cloze_share, 1))
+        if trains(section) and section.pairs_share > 0:
+            pairs = sources.weak(self.directory / "weak", self.library, self.vocab_size)
+            found.append(sources.Source(pairs, section.pairs_share, 1))
         return found
 
     def warm_up(self, out_dir: pathlib.Path) -> dict[str, Any]:
@@ -322,7 +341,7 @@ def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
     """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
     resolved = section.copy_and_resolve_references()
     if section.steps is None:
-        share = (1 - section.cloze_share) * section.batch_size
+        share = (1 - section.cloze_share - section.pairs_share) * section.batch_size
         with resolved.unlocked(), resolved.ignore_type():
             resolved.steps = math.ceil(section.epochs * queries / share)
     return resolved

@@ -153,10 +153,8 @@ def folds(qids: Sequence[str], seed: int, path: str = "") -> np.ndarray:
             raise UserError(f"rerank.folds {path} lacks {len(missing)} queries, the first {missing[0]!r}; it is "
                             '{"f1": [qid, ...], ... "f5": [...]}')  # fmt: skip
         return np.array([of[qid] for qid in qids])
-    order = np.argsort([stable_hash(seed, "fold", re.sub(r"^[a-z]{2,3}-", "", qid)) for qid in qids], kind="stable")
-    fold = np.empty(len(qids), int)
-    fold[order] = np.arange(len(qids)) % FOLDS
-    return fold
+    hashes = [stable_hash(seed, "fold", re.sub(r"^[a-z]{2,3}-", "", qid)) for qid in qids]
+    return np.unique(np.array(hashes, np.uint64), return_inverse=True)[1] % FOLDS
 
 
 def roles(k: int) -> tuple[set[int], int, int]:

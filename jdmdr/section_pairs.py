@@ -21,7 +21,9 @@ import numpy as np
 from jdmdr import progress
 from jdmdr.articles import Article, Source, read
 from jdmdr.cloze import split_sentences
+from jdmdr.hashing import stable_hash
 from jdmdr.index.bm25 import tokenize_words
+from jdmdr.tokenizer import Tokenizer, write_tokens
 from jdmdr.types import UserError
 from jdmdr.workdir import atomic
 
@@ -155,6 +157,50 @@ def _aligned(
         for i, j, score in align(*found, config, cosine):
             yield {"src": ids[0][i], "tgt": ids[1][j], "neg_tgt": ids[1][:j] + ids[1][j + 1 :],
                    "neg_src": ids[0][:i] + ids[0][i + 1 :], "score": round(float(score), 4)}  # fmt: skip
+
+
+def write_training(
+    home: pathlib.Path, langs: Sequence[str], seed: int, directory: pathlib.Path, query_tokenizer: Tokenizer,
+    passage_tokenizer: Tokenizer,
+) -> dict[str, int]:  # fmt: skip
+    """The pairs of a working directory of jdmdr.pretrain for a bi-encoder: a sentence of either section with the other section.
+
+    Writes token stores `queries/` and `passages/` by the passage's language, and `LANG.rows.npy`, a number for each passage that is
+    the same for the same section; returns how many pairs each of `langs` has.
+
+    Raises:
+      UserError: `home` has no pairs, or none in `langs`.
+    """
+    paths = sorted((home / "pairs").glob("*-*.jsonl"))
+    if not paths:
+        raise UserError(f"data.pairs {home} holds no pairs; name a working directory of jdmdr.pretrain")
+    found: dict[str, list[tuple[str, str, int]]] = {lang: [] for lang in langs}
+    sections = {path.stem: Sections(path) for path in sorted((home / "sections").glob("*.jsonl"))}
+    texts = {lang: {row["id"]: row["text"] for row in of} for lang, of in sections.items()}
+    firsts = dict(zip(sections, np.cumsum([0, *map(len, sections.values())]).tolist(), strict=False))
+    places = {lang: {name: row + firsts[lang] for row, name in enumerate(of.ids)} for lang, of in sections.items()}
+    for path in paths:
+        x, y = path.stem.split("-")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines()):
+            pair = json.loads(line)
+            ways = [((x, pair["src"]), (y, pair["tgt"])), ((y, pair["tgt"]), (x, pair["src"]))]
+            for way, ((query_lang, query), (lang, passage)) in enumerate(ways[: 1 if x == y else 2]):
+                if lang not in found:
+                    continue
+                sentences = split_sentences(texts[query_lang][query])
+                sentence = sentences[stable_hash(seed, "weak pair", path.stem, number, way) % len(sentences)]
+                text = texts[lang][passage]
+                text = " ".join(text.replace(sentence, " ", 1).split()) if x == y else text
+                found[lang].append((sentence, text, places[lang][passage]))
+    if not any(found.values()):
+        raise UserError(
+            f"data.pairs {home} holds no pair with a document in {', '.join(langs)}; its languages are {', '.join(texts)}"
+        )
+    for lang, of in found.items():
+        write_tokens(query_tokenizer, (query for query, _, _ in of), directory / "queries", lang)
+        write_tokens(passage_tokenizer, (passage for _, passage, _ in of), directory / "passages", lang)
+        np.save(directory / f"{lang}.rows.npy", np.array([row for _, _, row in of], np.int64))
+    return {lang: len(of) for lang, of in found.items()}
 
 
 def align(

@@ -84,10 +84,20 @@ def labelled(
 
 def cloze(directory: pathlib.Path, library: Library, vocab_size: int) -> TrainingSet:
     """Inverse-cloze pairs, as `write_cloze` left them; passages are those without their pseudo query."""
-    rows = [
-        np.load(directory / f"{lang}.rows.npy") + base
-        for lang, base in zip(library.langs, library.bases[:-1], strict=True)
-    ]
+    return _written(directory, library, vocab_size, library.bases[:-1])
+
+
+def weak(directory: pathlib.Path, library: Library, vocab_size: int) -> TrainingSet:
+    """Weak pairs, as `section_pairs.write_training` left them; no section is a passage of the library."""
+    return _written(directory, library, vocab_size, [library.bases[-1]] * len(library.langs))
+
+
+def _written(
+    directory: pathlib.Path, library: Library, vocab_size: int, bases: Sequence[int]
+) -> TrainingSet:  # fmt: skip
+    """Pairs of queries and passages in token stores of their own; `LANG.rows.npy` plus the language's base tell which passages
+    are the same."""
+    rows = [np.load(directory / f"{lang}.rows.npy") + base for lang, base in zip(library.langs, bases, strict=True)]
     lang_n = np.repeat(np.arange(len(rows), dtype=np.int32), [len(r) for r in rows])
     return TrainingSet(
         lang_n=lang_n,

@@ -154,7 +154,7 @@ def tokens(tmp_path_factory):
     pair_batches.write_section_tokens(sections, tokenizer, home / "tokens")
     section_tokens = pair_batches.SectionTokens(home / "tokens", sorted(sections), tokenizer.vocab_size)
     pairs = pair_batches.read_pairs(home / "pairs", sections, lambda lang, row: True)
-    return sections, section_tokens, pairs, tokenizer
+    return sections, section_tokens, pairs, tokenizer, home / "tokenizer"
 
 
 def keys(**changes):
@@ -166,7 +166,7 @@ def keys(**changes):
 
 
 def test_sections_are_their_sentences(tokens):
-    sections, section_tokens, _, tokenizer = tokens
+    sections, section_tokens, _, tokenizer, _ = tokens
     texts = [found["text"] for lang in ("en", "es") for found in sections[lang]]
     for row in (0, 5, len(sections["en"]), len(texts) - 1):
         expected = np.concatenate(tokenizer.ids(split_sentences(texts[row])))
@@ -174,7 +174,7 @@ def test_sections_are_their_sentences(tokens):
 
 
 def test_a_batch_is_a_pure_function_of_the_step_and_of_one_pair_of_languages(tokens):
-    _, section_tokens, pairs, tokenizer = tokens
+    _, section_tokens, pairs, tokenizer, _ = tokens
     batches = pair_batches.PairBatches(section_tokens, pairs, tokenizer, keys(bi_weight=1.0), 0, 1)
     again = pair_batches.PairBatches(section_tokens, pairs, tokenizer, keys(bi_weight=1.0), 0, 1)
     groups = set()
@@ -190,7 +190,7 @@ def test_a_batch_is_a_pure_function_of_the_step_and_of_one_pair_of_languages(tok
 
 
 def test_turns_take_the_parts_one_after_another(tokens):
-    _, section_tokens, pairs, tokenizer = tokens
+    _, section_tokens, pairs, tokenizer, _ = tokens
     batches = pair_batches.PairBatches(section_tokens, pairs, tokenizer, keys(schedule="alternate"), 0, 1)
     assert [sorted({"qlm", "rr"} & batches.make(step)[0].keys()) for step in range(4)] == [["qlm"], ["rr"]] * 2
     assert batches.shapes == 2 * len(batches.widths)
@@ -202,7 +202,7 @@ def test_turns_take_the_parts_one_after_another(tokens):
 
 @pytest.mark.parametrize("mode", pair_batches.MASK_MODES)
 def test_only_tokens_of_the_side_to_be_masked_are(mode, tokens):
-    _, section_tokens, pairs, tokenizer = tokens
+    _, section_tokens, pairs, tokenizer, _ = tokens
     batch, _ = pair_batches.PairBatches(section_tokens, pairs, tokenizer, keys(mask_mode=mode), 0, 1).make(0)
     block = batch["qlm"]
     used = batch["mask_w_BxP"] > 0
@@ -216,7 +216,7 @@ def test_only_tokens_of_the_side_to_be_masked_are(mode, tokens):
 
 
 def test_a_sentence_stands_in_no_document_that_it_asks_for(tokens):
-    _, section_tokens, pairs, tokenizer = tokens
+    _, section_tokens, pairs, tokenizer, _ = tokens
     own = np.flatnonzero(pairs.source_n == pairs.target_n)
     batches = pair_batches.PairBatches(section_tokens, pairs, tokenizer, keys(), 0, 1)
     random = np.random.default_rng(0)
@@ -225,3 +225,26 @@ def test_a_sentence_stands_in_no_document_that_it_asks_for(tokens):
         whole = section_tokens.ids(section_tokens.sentences(found.row))
         text, query = " ".join(map(str, found.document)), " ".join(map(str, found.query))
         assert query not in text and len(found.document) < len(whole)
+
+
+def test_weak_pairs_train_a_bi_encoder_in_the_languages_that_it_has(tokens, library, tmp_path):
+    from jdmdr import sources
+    from jdmdr.tokenizer import Tokenizer
+
+    home = tmp_path / "made"
+    sections, counts, read = made(home, f"parallel:{TINYPEDIA}@en+es+sw", monolingual=True)
+    words = Tokenizer(tokens[4], 64)
+    found = section_pairs.write_training(home, library.langs, 0, tmp_path / "weak", words, words)
+    # en and sw: documents of theirs, with queries of all three languages; a language's pairs with itself count once
+    assert found == {lang: sum(n for name, n in counts.items() if lang in name.split("-")) for lang in ("en", "sw")}
+    training_set = sources.weak(tmp_path / "weak", library, words.vocab_size)
+    assert len(training_set.lang_n) == sum(found.values()) and set(training_set.lang_n) == {0, 1}
+    ids = training_set.passage_row
+    assert ids.min() >= library.bases[-1] and len(set(ids)) == len(sections["en"]) + len(sections["sw"])
+    same = np.flatnonzero(ids == ids[0])
+    documents = [training_set.passages.gather(np.array([row]), 64).ids_BxT.tolist() for row in same]
+    assert len(same) > 2 and documents.count(documents[0]) >= 2  # one section with several queries
+    with pytest.raises(UserError, match="no pair with a document in xx; its languages are en, es, sw"):
+        section_pairs.write_training(home, ["xx"], 0, tmp_path / "other", words, words)
+    with pytest.raises(UserError, match="holds no pairs; name a working directory"):
+        section_pairs.write_training(tmp_path, ["en"], 0, tmp_path / "other", words, words)
