@@ -249,7 +249,7 @@ def reranking():
     """The keys of a re-ranker's fine-tuning over folds: those of a training run, and where queries and documents are."""
     r = training()
     r.topics, r.qrels, r.corpus = "", "", ""  # files; {query} and {document} in them stand for the languages
-    r.run = ""  # TREC run whose hits are the candidates, or bm25; empty: what is judged for a query
+    r.run = ""  # candidates of a query: a TREC run's hits, bm25, article (all of the relevant's); empty: what is judged
     r.query_langs, r.document_langs = "", ""  # comma-separated, each with each; empty: the paths name no language
     r.monolingual = False  # also queries and documents of one language
     r.fields = "title,text"  # of a document's row, that are its text

@@ -5,8 +5,8 @@
 
 The queries fall into five folds; for each k, three train (f_k, f_k+1, f_k+2), the next chooses the checkpoint by MAP, and the last
 is ranked by what was chosen, once. So every query is ranked once by a model that has not seen it: `ranking/TASK.trec` holds all
-of them, for jdmdr.score too. The candidates of a query are the hits of `rerank.run`, a TREC run or the word bm25, or what is judged for it where there is
-none.
+of them, for jdmdr.score too. The candidates of a query are the hits of `rerank.run`, a TREC run or the word bm25; with the word article the passages of the
+articles (docids `article#passage`) that hold a relevant one; or, without any, what is judged for it.
 
 Source: Yu, Fei and Li, "Cross-lingual Language Model Pretraining for Retrieval" (WWW 2021) and its released code, which measured the
 test fold whenever the dev fold improved.
@@ -46,7 +46,7 @@ from jdmdr.workdir import Stage, read_json, write_json
 
 FOLDS = 5
 TARGET = "ranking"
-BM25 = "bm25"
+BM25, ARTICLE, JUDGED = "bm25", "article", "judged"
 MEASURES = ("map", "p@5", "p@10", "ndcg@10")
 LISTS = ("query", "document")  # what {query} and {document} in a path stand for
 
@@ -59,7 +59,7 @@ class Task(NamedTuple):
     qrels: pathlib.Path
     corpus: pathlib.Path
     run: pathlib.Path | None
-    bm25: bool  # candidates are what BM25 finds in the corpus
+    pool: str  # where else candidates come from: bm25 | article | judged
 
     def files(self) -> tuple[pathlib.Path, ...]:
         return tuple(path for path in self if isinstance(path, pathlib.Path))
@@ -78,13 +78,14 @@ def tasks(config: Any) -> list[Task]:
     for query, document in every:
         fill = lambda path, q=query, d=document: pathlib.Path(path.replace("{query}", q).replace("{document}", d))
         paths = {key: fill(config[key]) for key in ("topics", "qrels", "corpus", "run") if config[key]}
-        if bm25 := config.run == BM25:
+        pool = config.run if config.run in (BM25, ARTICLE) else JUDGED
+        if pool != JUDGED:
             paths.pop("run")
         for key, path in paths.items():
             if not path.is_file():
                 raise UserError(f"rerank.{key}: there is no file {path}")
         name = f"{query}-{document}" if query or document else "all"
-        found.append(Task(name, paths["topics"], paths["qrels"], paths["corpus"], paths.get("run"), bm25))
+        found.append(Task(name, paths["topics"], paths["qrels"], paths["corpus"], paths.get("run"), pool))
     if not found:
         raise UserError("rerank.query_langs and document_langs leave no pair of languages; set rerank.monolingual")
     return found
@@ -111,8 +112,17 @@ def read(task: Task, depth: int, fields: Sequence[str]) -> Collection:
     judged = reading.qrels(task.qrels)[0]
     queries = [query for query in reading.topics(task.topics) if query.qid in judged]
     run = first_run(task, queries, depth, fields)
-    wanted = {query.qid: sorted(judged[query.qid]) if run is None else metrics.ranked(run.get(query.qid, {}), depth)
-              for query in queries}  # fmt: skip
+    if task.pool == ARTICLE:
+        of_article: dict[str, list[str]] = {}
+        for passage in reading.passages(task.corpus, fields):
+            of_article.setdefault(corpus.article(passage.docid), []).append(passage.docid)
+    wanted: dict[str, Sequence[str]] = {}
+    for qid in (query.qid for query in queries):
+        if task.pool == ARTICLE:
+            hold = {corpus.article(docid) for docid, relevance in judged[qid].items() if relevance > 0}
+            wanted[qid] = [docid for article in sorted(hold & of_article.keys()) for docid in of_article[article]]
+        else:
+            wanted[qid] = sorted(judged[qid]) if run is None else metrics.ranked(run.get(qid, {}), depth)
     names = {docid for of in wanted.values() for docid in of} | {d for query in queries for d in judged[query.qid]}
     texts = {p.docid: corpus.passage_text(p) for p in reading.passages(task.corpus, fields) if p.docid in names}
     docids = sorted(texts)
@@ -133,7 +143,7 @@ def read(task: Task, depth: int, fields: Sequence[str]) -> Collection:
 
 def first_run(task: Task, queries: Sequence[Query], depth: int, fields: Sequence[str]) -> metrics.Run | None:
     """The run that candidates are taken from; None where they are what is judged."""
-    if not task.bm25:
+    if task.pool != BM25:
         return metrics.read_run(task.run) if task.run else None
     passages = list(reading.passages(task.corpus, fields))
     hits = Bm25Searcher(map(corpus.passage_text, passages)).search([query.text for query in queries], depth)

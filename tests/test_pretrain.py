@@ -158,6 +158,11 @@ def test_candidates_are_the_judged_or_those_of_a_run(tmp_path):
     found = rerank_folds.read(write_task(tmp_path / "b", qrels, run), 2, ("title", "text"))
     names = [[found.docids[i] for i in of] for of in found.candidates]
     assert names == [["d0", "d4"], ["d4"]] and [len(r) for r in found.relevant] == [1, 0]  # a miss of the run counts
+    task = write_task(tmp_path / "d", "q0 0 a#1 1\nq1 0 b#0 1\n")
+    docids = ("a#0", "a#1", "b#0", "c#0")
+    task.corpus.write_text("".join(json.dumps({"docid": d, "title": "", "text": d}) + "\n" for d in docids))
+    found = rerank_folds.read(task._replace(pool="article"), 10, ("title", "text"))
+    assert [[found.docids[i] for i in of] for of in found.candidates] == [["a#0", "a#1"], ["b#0"]]
     with pytest.raises(UserError, match="no query of .* has a relevant document"):
         rerank_folds.read(write_task(tmp_path / "c", "q0 0 d0 0\n"), 10, ("title", "text"))
 

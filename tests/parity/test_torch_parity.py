@@ -15,9 +15,11 @@ import tokenizers
 from jdmdr import encoders, lora, pairs, parallel, peft
 from jdmdr.encoders import huggingface
 from jdmdr.encoders.config import EncoderConfig
+from jdmdr.encoders.cross_encoder import classify
 from jdmdr.encoders.lengthen import lengthen
 from jdmdr.encoders.transformer import TransformerEncoder
 from jdmdr.export import export
+from jdmdr.objectives import qlm_rr
 from jdmdr.tokenizer import Tokenizer, copy_pretrained, train_unigram
 from jdmdr.types import Tokens
 
@@ -236,3 +238,39 @@ def test_transformers_longformer_computes_what_a_lengthened_encoder_does(tmp_pat
         back, back_params = encoders.load_pretrained(home / "out.npz.saved")  # as transformers wrote it
         assert dataclasses.replace(back, original=None) == dataclasses.replace(config, original=None)
         jax.tree.map(np.testing.assert_array_equal, back_params, params)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_transformers_gives_the_logits_of_pretrained_heads(tied, tmp_path):
+    mask = (np.arange(24) < np.array([[24], [15]])).astype(np.int32)
+    ids = np.random.default_rng(0).integers(5, 190, mask.shape).astype(np.int32)
+    prefix = np.full((2, 1), 6, np.int32)
+    segments = ((np.arange(24) >= prefix) & (mask > 0)).astype(np.int32)
+    np.savez(tmp_path / "tokens.npz", ids=ids, mask=mask, segments=segments, prefix=prefix)
+    expected = {}
+    for family in ("bert", "xlm-roberta", "longformer"):
+        config, params = encoders.load_pretrained(
+            GOLDENS / ("bert" if family == "longformer" else family), pooling="cls"
+        )
+        if family == "longformer":
+            config, params = lengthen(config, params, 48, 8)
+        heads = disturbed(qlm_rr.init_heads(jax.random.key(1), config, tied), 2)
+        tokens = Tokens(
+            np.where(mask > 0, ids, config.pad_token_id), mask, segments if config.type_vocab > 1 else None, prefix
+        )
+        hidden = TransformerEncoder(config).apply(params, tokens, "tokens")
+        word = params["embeddings"]["word"]
+        logits = qlm_rr.lm_logits(heads["lm_head"], word, hidden, config)
+        expected[f"masked_lm-{family}"] = np.asarray(logits) * mask[..., None]
+        expected[f"classifier-{family}"] = np.asarray(classify(heads["rank_head"], hidden[:, 0]))
+        for kind in ("masked_lm", "classifier"):
+            (tmp_path / f"{kind}-{family}").mkdir()
+        huggingface.write_masked_lm(config, params, heads["lm_head"], tmp_path / f"masked_lm-{family}")
+        huggingface.write_classifier(config, {**params, "head": heads["rank_head"]}, tmp_path / f"classifier-{family}")
+    run_with_torch(
+        "heads_with_torch.py", tmp_path / "tokens.npz", tmp_path / "out.npz", *(tmp_path / name for name in expected)
+    )
+    found = np.load(tmp_path / "out.npz")
+    for name, logits in expected.items():
+        theirs = found[name] * mask[..., None] if name.startswith("masked_lm") else found[name]
+        np.testing.assert_allclose(theirs, logits, atol=2e-4, err_msg=name)
