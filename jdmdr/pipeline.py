@@ -73,7 +73,19 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
     return recipe
 
 
-def bring(stages: Iterable[Stage], directory: pathlib.Path, target: str, redo: bool) -> None:
+def staged(
+    stages: Callable[[ConfigDict, pathlib.Path], Iterable[Stage]], target: str, table: Callable[[pathlib.Path], str], doc: str
+) -> None:  # fmt: skip
+    """The main function of a command with stages of its own: brings `target` up to date and prints the table of what it wrote."""
+
+    def bring_and_print(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
+        bring(stages(config, directory), directory, target, values.redo)
+        print(table(directory))
+
+    cli.run(bring_and_print, doc)
+
+
+def bring(stages: Iterable[Stage], directory: pathlib.Path, target: str, redo: bool = False) -> None:
     """Brings one of these stages, and what it needs, up to date under `directory`."""
     by_name = {stage.name: stage for stage in stages}
     for name in needed(by_name, target):

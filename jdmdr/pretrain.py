@@ -23,14 +23,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from jdmdr import (
     articles,
     bitext,
-    cli,
     encoders,
     models,
     pair_batches,
@@ -256,12 +254,14 @@ def precision_at_1(one_NxD: np.ndarray, two_NxD: np.ndarray) -> float:
 
 
 def table(directory: pathlib.Path) -> str:
+    """Alignment P@1 by pair of languages, and what was exported."""
     found = read_json(directory / TARGET / f"{TARGET}.json")
     names = list(found["after"]["mean"])
     columns = [(when, pooling) for when in ("before", "after") for pooling in POOLINGS]
     rows = [[name, *(f"{found[when][pooling][name]:.3f}" for when, pooling in columns)] for name in names]
-    return tabulate(rows, ["alignment P@1", *(f"{when}, {pooling}" for when, pooling in columns)], disable_numparse=True,
-                    stralign="right")  # fmt: skip
+    headers = ["alignment P@1", *(f"{when}, {pooling}" for when, pooling in columns)]
+    exported = [path for path in sorted((directory / "export").iterdir()) if path.is_dir()]
+    return "\n".join([tabulate(rows, headers, disable_numparse=True, stralign="right"), "", *map(str, exported)])
 
 
 def check(config: ConfigDict) -> None:
@@ -289,19 +289,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"pretrain.{key} is {p[key]}; it is a share, at least 0 and below 1")
 
 
-def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = False) -> None:
-    """Brings stage `target` and all that it needs up to date under `directory`."""
+def stages(config: ConfigDict, directory: pathlib.Path) -> list[Stage]:
+    """The stages of a config under `directory`, its values checked."""
     check_config(config)
     check(config)
-    pipeline.bring(Pretraining(config, directory).stages(), directory, target, redo)
-
-
-def _command(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
-    run(config, directory, TARGET, values.redo)
-    print(table(directory))
-    for name in sorted(path.name for path in (directory / "export").iterdir() if path.is_dir()):
-        print(f"{name}: {directory / 'export' / name}")
+    return Pretraining(config, directory).stages()
 
 
 if __name__ == "__main__":
-    cli.run(_command, __doc__)
+    pipeline.staged(stages, TARGET, table, __doc__)

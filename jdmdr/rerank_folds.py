@@ -26,11 +26,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from jdmdr import cli, corpus, encoders, metrics, models, pairs, parallel, pipeline, progress, reading, train
+from jdmdr import corpus, encoders, metrics, models, pairs, parallel, pipeline, progress, reading, train
 from jdmdr.check import check_config
 from jdmdr.encode import InBlocks
 from jdmdr.encoders import huggingface, pretrained
@@ -388,17 +387,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"rerank.{key} is {r[key]}; it is at least {bound}")
 
 
-def run(config: ConfigDict, directory: pathlib.Path, target: str = TARGET, redo: bool = False) -> None:
-    """Brings stage `target` and all that it needs up to date under `directory`."""
+def stages(config: ConfigDict, directory: pathlib.Path) -> list[Stage]:
+    """The stages of a config under `directory`, its values checked."""
     check_config(config)
     check(config)
-    pipeline.bring(Reranking(config, directory).stages(), directory, target, redo)
-
-
-def _command(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
-    run(config, directory, redo=values.redo)
-    print(table(directory))
+    return Reranking(config, directory).stages()
 
 
 if __name__ == "__main__":
-    cli.run(_command, __doc__)
+    pipeline.staged(stages, TARGET, table, __doc__)

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import flags
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from jdmdr import cli, encoders, models, pairs, parallel, pipeline, progress, squad, train, workdir
+from jdmdr import encoders, models, pairs, parallel, pipeline, progress, squad, train, workdir
 from jdmdr.check import check_config
 from jdmdr.encoders import pretrained
 from jdmdr.encoders.lengthen import lengthen
@@ -348,17 +347,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"spans.{key} is {s[key]}; it is at least {bound}")
 
 
-def run(config: ConfigDict, directory: pathlib.Path, target: str = TARGET, redo: bool = False) -> None:
-    """Brings stage `target` and all that it needs up to date under `directory`."""
+def stages(config: ConfigDict, directory: pathlib.Path) -> list[Stage]:
+    """The stages of a config under `directory`, its values checked."""
     check_config(config)
     check(config)
-    pipeline.bring(Answering(config, directory).stages(), directory, target, redo)
-
-
-def _command(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
-    run(config, directory, redo=values.redo)
-    print(table(directory))
+    return Answering(config, directory).stages()
 
 
 if __name__ == "__main__":
-    cli.run(_command, __doc__)
+    pipeline.staged(stages, TARGET, table, __doc__)

@@ -8,7 +8,7 @@ import pytest
 from conftest import REPO
 
 from configs import clir_pretrain, clir_rerank, mlqa
-from jdmdr import encoders, metrics, models, pretrain, rerank_folds, spans
+from jdmdr import encoders, metrics, models, pipeline, pretrain, rerank_folds, spans
 from jdmdr.pairs import PairTokenizer
 from jdmdr.types import UserError
 
@@ -17,7 +17,7 @@ from jdmdr.types import UserError
 def pretrained(tmp_path_factory):
     """A finished working directory of `configs/clir_pretrain.py:smoke`."""
     directory = tmp_path_factory.mktemp("clir") / "workdir"
-    pretrain.run(clir_pretrain.get_config("smoke"), directory, pretrain.TARGET)
+    pipeline.bring(pretrain.stages(clir_pretrain.get_config("smoke"), directory), directory, pretrain.TARGET)
     return directory
 
 
@@ -36,7 +36,7 @@ def test_pretraining_leaves_an_encoder_a_reranker_and_a_masked_lm(pretrained, ca
     found = json.loads((pretrained / "alignment" / "alignment.json").read_text())
     assert found["after"]["mean"].keys() == {"en-es", "en-sw", "es-sw", "average"}
     assert lines[-1]["valid_alignment"] == pytest.approx(found["after"]["mean"]["average"])
-    pretrain.run(clir_pretrain.get_config("smoke"), pretrained, pretrain.TARGET)
+    pipeline.bring(pretrain.stages(clir_pretrain.get_config("smoke"), pretrained), pretrained, pretrain.TARGET)
     assert capsys.readouterr().err.count("up to date") == 7
     assert re.search(r"average +0\.\d+ +0\.\d+ +0\.\d+ +0\.\d+", pretrain.table(pretrained))
 
@@ -45,7 +45,7 @@ def test_other_settings_do_not_overwrite_a_trained_encoder(pretrained):
     config = clir_pretrain.get_config("smoke")
     config.pretrain.mask_rate = 0.2
     with pytest.raises(UserError, match="pretrain.mask_rate was 0.3, now 0.2.*--redo"):
-        pretrain.run(config, pretrained, pretrain.TARGET)
+        pipeline.bring(pretrain.stages(config, pretrained), pretrained, pretrain.TARGET)
 
 
 @pytest.mark.parametrize("key, value, sentence", [
@@ -57,7 +57,7 @@ def test_values_that_no_stage_could_use_are_told_first(key, value, sentence, tmp
     config = clir_pretrain.get_config("smoke")
     config.pretrain[key] = value
     with pytest.raises(UserError, match=sentence):
-        pretrain.run(config, tmp_path, pretrain.TARGET)
+        pipeline.bring(pretrain.stages(config, tmp_path), tmp_path, pretrain.TARGET)
     assert not list(tmp_path.iterdir())
 
 
@@ -74,7 +74,7 @@ def test_alignment_is_the_share_of_nearest_neighbours_both_ways():
 def test_the_reranker_is_tuned_and_measured_on_folds(pretrained, tmp_path):
     config = clir_rerank.get_config("smoke")
     config.encoder.name = str(pretrained / "export" / "reranker")
-    rerank_folds.run(config, tmp_path / "w")
+    pipeline.bring(rerank_folds.stages(config, tmp_path / "w"), tmp_path / "w", rerank_folds.TARGET)
     found = json.loads((tmp_path / "w" / "ranking" / "folds.json").read_text())["en-en"]
     assert found.keys() == {"run", "untuned", "tuned"}
     runs = {name: metrics.read_run(tmp_path / "w" / "ranking" / f"en-en.{name}.trec") for name in found}
@@ -95,7 +95,7 @@ def test_the_reranker_is_tuned_and_measured_on_folds(pretrained, tmp_path):
 def test_spans_are_learnt_and_measured_on_every_pair_of_languages(pretrained, tmp_path):
     config = mlqa.get_config("smoke")
     config.encoder.name = str(pretrained / "export" / "encoder")
-    spans.run(config, tmp_path / "w")
+    pipeline.bring(spans.stages(config, tmp_path / "w"), tmp_path / "w", spans.TARGET)
     found = json.loads((tmp_path / "w" / "answers" / "f1.json").read_text())
     assert found.keys() == {"en-en", "en-es", "es-en", "es-es"} and all(of["questions"] == 192 for of in found.values())
     answers = json.loads((tmp_path / "w" / "answers" / "en-es.json").read_text())
