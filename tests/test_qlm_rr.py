@@ -117,8 +117,9 @@ def run_steps(batches, keys, learning_rate=1e-3):
     section.steps, section.learning_rate, section.decay, section.warmup_share = 20, learning_rate, "constant", 0.0
     trained, frozen = split(section, params, objective.parameters, 0)
     optimiser = optim.make_optimiser(section, trained)
-    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora)
-    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(parallel.data_mesh()))
+    mesh = parallel.data_mesh()
+    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora, mesh)
+    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
     seen = []
     for batch in batches:
         state, metrics = step(state, batch)

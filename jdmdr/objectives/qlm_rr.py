@@ -37,7 +37,7 @@ from jdmdr.encoders.cross_encoder import classify
 from jdmdr.encoders.layers import dense, layer_norm
 from jdmdr.encoders.pooling import mean, unit_length
 from jdmdr.encoders.transformer import ACTIVATIONS
-from jdmdr.objectives.contrastive import similarities
+from jdmdr.objectives.blockwise import similarities
 from jdmdr.objectives.protocol import Objective
 
 RR_LOSSES = ("pointwise", "pairwise_logistic", "pairwise_hinge", "listwise")
