@@ -41,9 +41,9 @@ class Objective(NamedTuple):
     loss: Loss
     parameters: Mapping[str, jax.Array] = {}  # where they start
     figures: Callable[[Any], dict[str, float]] = lambda extra: {}  # what a person wants to know of them in the end
+    arrays: Mapping[str, Any] = {}  # on the devices; each step gets them beside its batch, and no step changes them
     # batch -> names of own parameters that it does not train: they, and the optimiser's memory of them, stay as they are
     idle: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda batch: ()
-    arrays: Mapping[str, Any] = {}  # on the devices; each step gets them beside its batch, and no step changes them
 
 
 class Collections(NamedTuple):
