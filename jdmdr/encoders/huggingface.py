@@ -145,6 +145,11 @@ def lm_names(family: str, tied: bool) -> Names:
         yield "decoder", of["decoder"], False
 
 
+def _decoder_bias(family: str) -> str:
+    """The bias once more, which transformers reads where the decoder is not tied."""
+    return (BERT_LM if family == "bert" else ROBERTA_LM)["decoder"].replace("weight", "bias")
+
+
 def read_json_file(path: pathlib.Path) -> Any:
     """The JSON value of a file that a checkpoint must have.
 
@@ -294,8 +299,10 @@ def read_classifier(directory: pathlib.Path, config: EncoderConfig) -> Params:
 def read_lm_head(directory: pathlib.Path, config: EncoderConfig, tied: bool) -> Params | None:
     """The head of a masked language model (dense, norm, bias; unless `tied` a decoder, a copy of the word vectors where the
     checkpoint ties them); None where the checkpoint has no such head."""
-    names = list(lm_names(config.family, tied=False))
-    tensors = _own_tensors(directory, keep=[theirs for _, theirs, _ in names])
+    names, bias = list(lm_names(config.family, tied=False)), _decoder_bias(config.family)
+    tensors = _own_tensors(directory, keep=[bias, *(theirs for _, theirs, _ in names)])
+    if bias in tensors:
+        tensors[names[-2][1]] = tensors[bias]
     tensors.setdefault(names[-1][1], tensors["embeddings.word_embeddings.weight"])
     if any(theirs not in tensors for _, theirs, _ in names):
         return None
@@ -400,6 +407,8 @@ def write_masked_lm(config: EncoderConfig, params: Params, head: Params, directo
     """As `write_checkpoint`, of a masked language model; its head is tied to the word vectors unless it has a `decoder`."""
     tied = "decoder" not in head
     tensors = _inside(config, params) | _as_tensors(head, lm_names(config.family, tied))
+    if not tied:
+        tensors[_decoder_bias(config.family)] = np.asarray(head["bias"], np.float32)
     _write(config, tensors, directory, "ForMaskedLM", {"tie_word_embeddings": tied})
 
 

@@ -84,7 +84,8 @@ def make_objective(config: Any, encoder: EncoderConfig, heads: Mapping[str, Para
 
 def lm_logits(head: Params, word_VxD: jax.Array, hidden_BxPxD: jax.Array, encoder: EncoderConfig) -> jax.Array:
     """Logits B x P x V, float32, of a masked language model's head."""
-    x_BxPxD = ACTIVATIONS[encoder.activation](dense(hidden_BxPxD, head["dense"]["kernel"], head["dense"]["bias"]))
+    activation = ACTIVATIONS[encoder.activation if encoder.family == "bert" else "gelu"]  # as transformers has it
+    x_BxPxD = activation(dense(hidden_BxPxD, head["dense"]["kernel"], head["dense"]["bias"]))
     x_BxPxD = layer_norm(x_BxPxD, head["norm"]["scale"], head["norm"]["bias"], encoder.layer_norm_eps)
     return jnp.matmul(x_BxPxD, head.get("decoder", word_VxD).T, preferred_element_type=jnp.float32) + head["bias"]
 
