@@ -45,6 +45,10 @@ def get_config():
     c.encoder.width = 512  # embedding width of the from-scratch encoder
     c.encoder.pooling = ""  # cls | mean | last; empty: what the checkpoint says
     c.encoder.normalize = True  # L2-normalise embeddings: cosine similarity instead of dot product
+    c.encoder.new_vocabulary = (
+        False  # keeps the checkpoint's layers under a tokenizer trained on the data (docs/kdr.md)
+    )
+    c.encoder.layers = 0  # first layers kept of a checkpoint; 0: all
     c.encoder.projection = 0  # width of a linear head behind the pooling; 0: none, or the checkpoint's own
     c.encoder.projection_bias = False  # for a new head
     c.encoder.projection_norm = False  # for a new head: a LayerNorm behind it
@@ -156,6 +160,20 @@ def get_config():
     c.topics.scope = "dataset"  # dataset | language: over what one set of clusters is made
 
     c.train = training()
+
+    c.distill = ConfigDict()  # a teacher of one language, students of any (docs/kdr.md)
+    c.distill.teacher = ""  # an encoder as in mine.retrievers, or vectors:DIR, made elsewhere
+    c.distill.source = "en"  # the language that the teacher reads
+    c.distill.cache = (
+        ""  # directory of its vectors, which runs may share; empty: teacher-cache/ in the working directory
+    )
+    c.distill.bitext = ""  # distill_bitext: files of translations and directories of them, comma-separated
+    c.distill.split = "train"  # of such a directory's files NAME.SPLIT.tsv
+    c.distill.parallel = False  # passages and queries of equal ids in data.root are translations too
+    c.distill.langs = ""  # distill_scores: languages of the queries, comma-separated; empty: all that there are
+    c.distill.translations = ""  # directory of LANG.tsv, qid TAB query; data.root's queries of equal qids count too
+    c.distill.shown = "ko"  # languages beside the source whose translations the report pictures, the first that has any
+    c.distill.translate = ""  # languages that the model of `llm` translates the queries to, comma-separated
 
     c.weights = ConfigDict()  # language and topic weights of the loss (docs/dmdr.md)
     c.weights.a = 0.45  # mean language weight
@@ -294,13 +312,14 @@ def training():
     t.query_length = placeholder(int)  # tokens that training reads of a query; None: encoder.query_length
     t.passage_length = placeholder(int)  # and of a passage; None: encoder.passage_length
     t.passages_per_query = 8  # 1 positive and the rest hard negatives; 0 for adore, which finds its passages itself
+    t.replay_share = 0.0  # distill_bitext: share of the steps on queries and passages, with distill_scores
     t.cloze_share = 0.0  # share of the steps on inverse-cloze pairs (title or sentence -> rest of the passage)
     t.pairs_share = 0.0  # share of the steps on the weak pairs of data.pairs
     t.policy = "stratified"  # stratified | round_robin | uniform | random | language_only | topic_only
     t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
 
     t.objective = ConfigDict()
-    t.objective.name = "contrastive"  # contrastive | pairwise (STAR) | adore
+    t.objective.name = "contrastive"  # contrastive | pairwise (STAR) | adore | distill_scores | distill_bitext
     t.objective.mode = "example"  # contrastive: where the weights act: none | example | negative | literal_trainer
     t.objective.negatives = "all"  # pairwise: all of the batch | own: the listed ones, everybody's, and no positives
     t.objective.top_k = 200  # adore: passages that a query retrieves in the step
@@ -309,6 +328,19 @@ def training():
     t.objective.missing = "append_if_none"  # adore: positives that were not retrieved: append_if_none | append_all
     t.objective.scope = "own"  # adore: a query searches the collection of its language (own) or all
     t.objective.index_dtype = "bfloat16"  # adore: of the vectors on the devices: bfloat16 | float32 | int8 (rescored)
+    t.objective.teacher_temperature = 0.05  # distill_*: divides the teacher's scores
+    t.objective.form = "kl"  # distill_scores: kl | margin_mse
+    t.objective.candidates = (
+        "batch"  # distill_scores: a query's scores over the batch, or over its own list: batch | own
+    )
+    t.objective.cross_weight = 1.0  # distill_bitext: scores between sources and translations; 0: off, as all weights
+    t.objective.self_weight = 0.5  # distill_bitext: scores within each language
+    t.objective.anchor_weight = 0.0  # distill_bitext: scores between the teacher's vectors and the student's
+    t.objective.mse_weight = 0.0  # distill_*: squared differences of the teacher's vectors and the student's
+    t.objective.contrastive_weight = 0.0  # distill_*: the contrastive loss on positives, or translations
+    t.objective.teacher_projection = (
+        False  # distill_*: learns a matrix for the two lines above the last where widths differ
+    )
     t.objective.temperature = 0.05  # divides the scores; where it starts if it is learned
     t.objective.learn_temperature = False  # its logarithm is the parameter objective/log_temperature
     t.objective.min_temperature, t.objective.max_temperature = 0.005, 1.0  # bounds of a learned one
@@ -358,6 +390,7 @@ def smoke(config, arg, others=()):
             config.encoder.towers = towers
             config.encoder.width, config.encoder.query_length, config.encoder.passage_length = 64, 32, 96
             config.warmup.steps = config.train.steps = 6
+            config.distill.langs = config.distill.translate = ""
             for section in (config.warmup, config.train):
                 section.batch_size, section.checkpoint_every, section.max_profiles, section.log_every = 16, 3, 1, 1
                 section.objective.top_k = 10

@@ -41,6 +41,13 @@ class Ragged(NamedTuple):
         return self.values[self.offsets[rows][owner] + place], owner, place
 
 
+class Taught(NamedTuple):
+    """What a teacher says of a training set: its vectors, float32, of queries by index and of passages by row."""
+
+    queries: Callable[[np.ndarray], np.ndarray] | None  # None where it reads passages alone
+    passages: Callable[[np.ndarray], np.ndarray]
+
+
 class TrainingSet(NamedTuple):
     """n training queries; passages are global rows (the languages' collections one after another).
 
@@ -57,6 +64,7 @@ class TrainingSet(NamedTuple):
     queries: fixed.TokenSource
     passages: fixed.TokenSource
     passage_row: np.ndarray | None = None
+    taught: Taught | None = None
 
 
 class BatchShapes(NamedTuple):
@@ -177,6 +185,7 @@ def make_batch(
       lang_B: int32, the language of each query.
       weight_N, query_weight_B: float32, alpha[language] + beta[language][topic] of each passage and query.
       query_index_B: int32.
+      teacher_q_BxE, teacher_p_NxE: float32, of a training set with a teacher; the first where that reads queries.
     """
     plan, rows_N = _rows(training_set, planner, step, passages_per_query, seed)
     lang_B, topic_B = training_set.lang_n[plan.index_B], training_set.topic_n[plan.index_B]
@@ -210,6 +219,10 @@ def make_batch(
         "query_weight_B": weights.alpha_L[lang_B] + beta_LxC[lang_B, topic_B],
         "query_index_B": plan.index_B.astype(np.int32),
     }
+    if training_set.taught:
+        batch["teacher_p_NxE"] = training_set.taught.passages(rows_N)
+        if training_set.taught.queries:
+            batch["teacher_q_BxE"] = training_set.taught.queries(plan.index_B)
     figures = {"epoch": plan.epoch, "lang": plan.lang, "padding_share": fixed.padding_share(queries, passages)}
     return batch, figures
 

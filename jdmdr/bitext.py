@@ -4,7 +4,8 @@
 
     --data PATH      a file of lines `sentence TAB translation`, or a directory of files NAME.SPLIT.tsv, such as sw-en.test.tsv
     --split NAME     of the directory's files; "test" by default; "" puts all splits of a name together
-    --encoder NAME   "train" (the default) and "warmup" are the working directory's; else a Hugging Face name or directory
+    --encoder NAME   "train" (the default) and "warmup" are the working directory's; else an encoder as in mine.retrievers: a
+                     preset, PRESET=DIR, a directory, HUB/NAME; with its own prompts and lengths
 
 The task and its measure are those of Artetxe and Schwenk (TACL 2019) on Tatoeba. Sentences are encoded as queries, prompt
 included, and compared by cosine. A neighbour counts as right when its text is the translation's: sentences repeat. Prints
@@ -16,7 +17,8 @@ from __future__ import annotations
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -55,20 +57,22 @@ def find(data: pathlib.Path, split: str) -> dict[str, list[pathlib.Path]]:
     return found
 
 
+def pairs(path: pathlib.Path) -> Iterator[tuple[str, str]]:
+    """Streams sentence and translation; raises UserError with file and line for what is no pair."""
+    for number, line in lines(path):
+        fields = [field.strip() for field in line.split("\t")]
+        if len(fields) != 2 or not all(fields):
+            raise bad_line(path, number, f"{len([f for f in fields if f])} sentences separated by TABs where 2 are expected: "
+                                         "sentence TAB translation")  # fmt: skip
+        yield fields[0], fields[1]
+
+
 def read(paths: Sequence[pathlib.Path]) -> tuple[list[str], list[str]]:
-    """The sentences of both sides, line by line; raises UserError with file and line for what is no pair."""
-    sides: tuple[list[str], list[str]] = ([], [])
-    for path in paths:
-        for number, line in lines(path):
-            fields = [field.strip() for field in line.split("\t")]
-            if len(fields) != 2 or not all(fields):
-                raise bad_line(path, number, f"{len([f for f in fields if f])} sentences separated by TABs where 2 are expected: "
-                                             "sentence TAB translation")  # fmt: skip
-            for side, text in zip(sides, fields, strict=True):
-                side.append(text)
-    if not sides[0]:
+    """The sentences of both sides, line by line."""
+    found = [pair for path in paths for pair in pairs(path)]
+    if not found:
         raise UserError(f"{paths[0]} holds no pair; give lines of sentence TAB translation")
-    return sides
+    return [one for one, _ in found], [other for _, other in found]
 
 
 def accuracy(sides: tuple[Sequence[str], Sequence[str]], embed: Embed, search: Search) -> tuple[float, float]:
@@ -89,21 +93,30 @@ def _unit(vectors_NxD: np.ndarray) -> np.ndarray:
 
 def open_encoder(config: ConfigDict, directory: pathlib.Path, name: str, scratch: pathlib.Path) -> tuple[Embed, Search]:
     """The named encoder as it encodes queries, and an exact search; texts pass through token stores under `scratch`."""
-    from jdmdr import encoders, models, parallel, tokenizer  # late: a mistake on the command line needs no jax
+    from jdmdr import (  # late: a mistake on the command line needs no jax
+        encoders,
+        models,
+        parallel,
+        retrievers,
+        tokenizer,
+    )
     from jdmdr.encode import Embedder
     from jdmdr.index.exact import ExactSearcher
 
-    section = config.encoder.copy_and_resolve_references()
-    home = directory / "tokenizer"
+    section, home = config.encoder, directory / "tokenizer"
     if name in STAGES and not (directory / name / MANIFEST).exists():
         raise UserError(f"{directory} holds no finished {name} run; run jdmdr.train with the same flags first")
     if name not in STAGES:
-        section.name, section.passage_name, home = name, "", scratch / "tokenizer"
-        tokenizer.copy_pretrained(name, home)
+        spec = _spec(name)
+        section, home = retrievers.encoder_section(spec, section), scratch / "tokenizer"
+        source, as_in = retrievers.words(spec, section)
+        tokenizer.copy_pretrained(source, home, as_in or config.tokenizer.as_in)
     words = tokenizer.Tokenizer(home, section.query_length, section.query_prompt)
     mesh = parallel.data_mesh()
     if name in STAGES:
         encoder_config, params = models.load(directory / name)
+        if name == "train" and config.encode.dimensions:
+            encoder_config, params = encoders.truncate(encoder_config, params, config.encode.dimensions)
     else:
         encoder_config, params = models.start(section, words.vocab_size, None, config.seed)
     embedder = Embedder(encoders.build(encoder_config), mesh, section.query_length, "query")
@@ -115,6 +128,15 @@ def open_encoder(config: ConfigDict, directory: pathlib.Path, name: str, scratch
             return embedder.embed(params, tokens, np.arange(len(texts)))
 
     return embed, lambda q_QxD, p_CxD: ExactSearcher([p_CxD], mesh).search(q_QxD, 1).rows_QxK[:, 0]
+
+
+def _spec(name: str) -> Any:
+    from jdmdr import retrievers
+
+    spec = retrievers.parse(name, "--encoder")[0]
+    if spec.kind != retrievers.ENCODER:
+        raise UserError(f"--encoder is {name!r}; it is train, warmup, a preset, PRESET=DIR, a directory or HUB/NAME")
+    return spec
 
 
 def evaluate(data: dict[str, list[pathlib.Path]], embed: Embed, search: Search) -> dict[str, dict[str, float]]:
@@ -136,7 +158,7 @@ def table(found: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     flags.DEFINE_string("data", "", "A file of sentence pairs, or a directory of them.")
     flags.DEFINE_string("split", "test", "Of a directory's files; empty: all.")
-    flags.DEFINE_string("encoder", "train", "train, warmup, or a Hugging Face name or directory.")
+    flags.DEFINE_string("encoder", "train", "train, warmup, or an encoder as in mine.retrievers.")
     cli.run(_command, __doc__)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from ml_collections import ConfigDict
 
-from jdmdr import requery, retrievers, splits
+from jdmdr import requery, retrievers, splits, teacher
 from jdmdr.corpus import parse_fields
 from jdmdr.filters import rules_from_config
 from jdmdr.filters.rules import SCORE_RULES
@@ -19,9 +19,11 @@ from jdmdr.index.fusion import METHODS
 from jdmdr.index.resident import DTYPES
 from jdmdr.metrics import parse_measure, parse_measures
 from jdmdr.mine import CONCAT
-from jdmdr.objectives import OBJECTIVES, SEARCHING
+from jdmdr.objectives import BITEXT, DISTILLING, OBJECTIVES, SEARCHING
 from jdmdr.objectives.adore import METRICS, MISSING, SCOPES
 from jdmdr.objectives.contrastive import MODES
+from jdmdr.objectives.distill_bitext import TERMS
+from jdmdr.objectives.distill_scores import CANDIDATES, FORMS
 from jdmdr.objectives.pairwise import NEGATIVES
 from jdmdr.optim import OPTIMISERS
 from jdmdr.planner import POLICIES
@@ -61,6 +63,8 @@ SECTION_CHOICES = {
     "objective.name": OBJECTIVES,
     "objective.mode": MODES,
     "objective.negatives": NEGATIVES,
+    "objective.candidates": CANDIDATES,
+    "objective.form": FORMS,
     "objective.metric": METRICS,
     "objective.missing": MISSING,
     "objective.scope": SCOPES,
@@ -73,7 +77,7 @@ AT_LEAST = {
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
     "judge.depth": 1, "judge.max_tokens": 1, "judge.passage_chars": 1, "judge.calibrate": 0, "judge.least_precision": 0, "judge.least_recall": 0,
     "llm.concurrency": 1, "llm.retries": 0, "llm.max_failures": 1, "llm.price_in": 0, "llm.price_out": 0,
-    "cross_encoder.depth": 1, "cross_encoder.length": 1, "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
+    "cross_encoder.depth": 1, "cross_encoder.length": 1, "encode.shard_rows": 1, "encode.dimensions": 0, "encoder.projection": 0, "encoder.layers": 0, "evaluate.depth": 1, "evaluate.bootstrap": 1,
     "tune.samples": 1, "tune.length": 1, "tune.rank": 1, "tune.alpha": 0, "tune.epochs": 0, "tune.batch_size": 1,
     "tune.chunk_rows": 1, "tune.learning_rate": 0, "tune.clip": 0, "tune.checkpoint_every": 1, "tune.shard_gb": 0,
 }  # fmt: skip
@@ -88,7 +92,7 @@ OPTIONAL_AT_LEAST = {
 SECTION_AT_LEAST = {
     "epochs": 0, "batch_size": 1, "passages_per_query": 0, "objective.top_k": 1, "chunk_rows": 1, "max_profiles": 1, "checkpoint_every": 1,
     "valid_pool": 1, "log_every": 1, "max_skipped": 1, "learning_rate": 0, "clip": 0, "weight_decay": 0,
-    "lora.rank": 0, "lora.alpha": 0, "grad_cache": 0,
+    "lora.rank": 0, "lora.alpha": 0, "grad_cache": 0, **{f"objective.{term}": 0 for term in TERMS},
 }  # fmt: skip
 
 
@@ -111,12 +115,13 @@ def check_config(config: ConfigDict) -> None:
         _check_objective(f"{section}.objective", config[section].objective)
         _check_passages(section, config[section])
         _check_shares(section, config)
+        _check_distilling(section, config)
         _check_regexes(section, config[section])
     for key in (
         "data.valid_share",
         "topics.least_probability",
         "tune.warmup_share",
-        *(f"{s}.{key}" for s in sections for key in ("cloze_share", "pairs_share", "lora.dropout")),
+        *(f"{s}.{key}" for s in sections for key in ("cloze_share", "pairs_share", "replay_share", "lora.dropout")),
     ):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
@@ -211,6 +216,13 @@ def _check_encoder(config: ConfigDict) -> None:
         raise UserError(
             "tokenizer.as_in is for RoBERTa's tokenizer, and none is named; set tokenizer.name, or leave it empty"
         )
+    for key in ("new_vocabulary", "layers"):
+        if config.encoder[key] and not config.encoder.name:
+            raise UserError(f"encoder.{key} is of a checkpoint, and encoder.name is empty; name one")
+    if config.encoder.new_vocabulary and config.tokenizer.as_in:
+        raise UserError(
+            "tokenizer.as_in changes a checkpoint's tokenizer, which encoder.new_vocabulary leaves; drop one"
+        )
     if config.encoder.passage_name and not config.encoder.name:
         raise UserError(
             "encoder.passage_name is for a second checkpoint beside encoder.name, which is empty; name both"
@@ -282,6 +294,36 @@ def _check_shares(name: str, config: ConfigDict) -> None:
     if section.pairs_share and not config.data.pairs:
         raise UserError(
             f"{name}.pairs_share is {section.pairs_share}, but data.pairs names no working directory of jdmdr.pretrain"
+        )
+
+
+def _check_distilling(name: str, config: ConfigDict) -> None:
+    """What an objective with a teacher needs."""
+    section = config[name]
+    objective = section.objective.name
+    if section.replay_share and objective != BITEXT:
+        raise UserError(
+            f"{name}.replay_share is {section.replay_share}; the objective {objective} has no bi-text to come back from, so it is 0"
+        )
+    if objective not in DISTILLING:
+        return
+    if name == "warmup":
+        raise UserError(f"warmup.objective.name is {objective!r}; what has a teacher is set in train.objective.name")
+    for key in ("cloze_share", "pairs_share"):
+        if section[key]:
+            raise UserError(f"{name}.{key} is {section[key]}; the teacher has no vectors of such pairs, so it is 0")
+    if not section.objective.teacher_temperature > 0:
+        raise UserError(f"{name}.objective.teacher_temperature divides the teacher's scores; it must be above 0")
+    teacher.parse(config.distill.teacher)
+    if objective == BITEXT and not config.distill.bitext and not config.distill.parallel:
+        raise UserError(
+            "distill.bitext is empty; name files or directories of translations, or set distill.parallel=True where equal ids of "
+            "data.root are translations"
+        )
+    if config.distill.translate and not config.llm.base_url:
+        raise UserError(
+            "distill.translate asks a language model, and llm.base_url is empty; give the address of an OpenAI-compatible server, or "
+            "files with distill.translations"
         )
 
 

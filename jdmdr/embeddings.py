@@ -23,22 +23,24 @@ PASSAGES = "passages"
 TOKENIZER_PARTS = ("added_tokens", "normalizer", "pre_tokenizer", "post_processor", "model")  # padding is no part of it
 
 
-def origin(config: encoders.EncoderConfig, params: Any, section: Any, tokenizer_dir: pathlib.Path) -> dict[str, Any]:
-    """What made the vectors of passages: the tower's parameters and everything else that they depend on.
+def origin(
+    config: encoders.EncoderConfig, params: Any, section: Any, tokenizer_dir: pathlib.Path, side: str = "passage"
+) -> dict[str, Any]:  # fmt: skip
+    """What made the vectors of a side: the tower's parameters and everything else that they depend on.
 
     Args:
       section: the recipe's `encoder` keys.
     """
     tokenizer = workdir.read_json(tokenizer_dir / "tokenizer.json")
-    tower = encoders.build(config).tower(params, "passage")
+    tower = encoders.build(config).tower(params, side)
     return {
         "parameters_sha256": models.fingerprint(tower),
         "tokenizer_sha256": workdir.digest({key: tokenizer[key] for key in TOKENIZER_PARTS}),
         "width": config.embedding_width,
         "pooling": config.pooling,
         "normalize": config.normalize,
-        "passage_prompt": section.passage_prompt,
-        "passage_length": section.passage_length,
+        f"{side}_prompt": section[f"{side}_prompt"],
+        f"{side}_length": section[f"{side}_length"],
     }
 
 

@@ -15,7 +15,7 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 
 from jdmdr import encoders
-from jdmdr.encoders import huggingface, static
+from jdmdr.encoders import huggingface, pretrained, static, vocabulary
 from jdmdr.encoders.lengthen import lengthen
 from jdmdr.optim import named_leaves
 from jdmdr.tokenizer import TokenStore
@@ -25,16 +25,19 @@ from jdmdr.workdir import read_json, write_json
 PARAMETERS = "parameters"
 
 
-def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tuple[encoders.EncoderConfig, Any]:
+def start(
+    section: Any, vocab_size: int, passages: TokenStore, seed: int, tokenizer_dir: pathlib.Path | None = None
+) -> tuple[encoders.EncoderConfig, Any]:  # fmt: skip
     """The encoder before any training: a Hugging Face checkpoint, or token vectors whose weights start at idf; with the
     head and the towers that the recipe asks for.
 
     Args:
       section: the recipe's `encoder` keys.
+      tokenizer_dir: of the vocabulary that `section.new_vocabulary` puts under the checkpoint's layers.
       passages: what the inverse document frequencies of the from-scratch encoder are counted on.
     """
     if section.name:
-        config, params = _checkpoint(section, vocab_size)
+        config, params = _checkpoint(section, vocab_size, seed, tokenizer_dir)
     else:
         if section.window:
             raise UserError(
@@ -60,7 +63,9 @@ def start(section: Any, vocab_size: int, passages: TokenStore, seed: int) -> tup
     return config, params
 
 
-def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, Any]:
+def _checkpoint(
+    section: Any, vocab_size: int, seed: int, tokenizer_dir: pathlib.Path | None
+) -> tuple[encoders.EncoderConfig, Any]:  # fmt: skip
     config, params = encoders.load_pretrained(
         section.name, pooling=section.pooling or None, normalize=section.normalize
     )
@@ -74,6 +79,11 @@ def _checkpoint(section: Any, vocab_size: int) -> tuple[encoders.EncoderConfig, 
                 "tower each; leave it empty"
             )
         config, params = dataclasses.replace(config, towers="untied"), {"query": params, "passage": passage_params}
+    if section.layers:
+        config, params = vocabulary.keep_layers(config, params, section.layers)
+    if section.new_vocabulary:
+        old = pathlib.Path(pretrained.tokenizer_place(str(pretrained.find_checkpoint(section.name))))
+        config, params = vocabulary.transplant(config, params, old, tokenizer_dir, seed)
     longest = max(section.query_length, section.passage_length)
     if section.window:
         config, params = lengthen(config, params, longest, section.window)

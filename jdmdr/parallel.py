@@ -34,3 +34,13 @@ def put_batch(batch: Any, mesh: Mesh) -> Any:
         return jax.device_put(leaf, rows(mesh) if np.ndim(leaf) >= 2 else replicated(mesh))
 
     return jax.tree.map(put, batch)
+
+
+def by_rows(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside a compiled function: the first axis split over the devices; without a mesh as it is."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, rows(mesh))
+
+
+def whole(array: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside a compiled function: all of it on every device; without a mesh as it is."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, replicated(mesh))

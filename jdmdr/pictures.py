@@ -123,6 +123,29 @@ def score_histograms(name: str, histograms: Mapping[str, Mapping[str, Sequence[f
     return _svg(name, (max(4.6, min(4.1 * len(histograms), 16.4)), 2.8), draw)
 
 
+def translations(
+    name: str, panels: Mapping[str, Mapping[str, np.ndarray]], langs: tuple[str, str], kinds: Sequence[str]
+) -> str:  # fmt: skip
+    """Points of the plane before and after, `panels[title][LANG KIND]` Nx2: row i of one language translates row i of the
+    other. Colour is the language, the mark the kind (queries, passages), a line joins translations."""
+    marks = dict(zip(kinds, ("o", "s"), strict=False))
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, points) in zip(axes, panels.items(), strict=True):
+            for kind in kinds:
+                for one, other in zip(*(points[f"{lang} {kind}"] for lang in langs), strict=True):
+                    axis.plot(*np.stack([one, other]).T, color=GRID, lw=0.7, zorder=1)
+                for lang, colour in zip(langs, (COLOURS[1], COLOURS[2]), strict=True):
+                    axis.scatter(*points[f"{lang} {kind}"].T, s=20, marker=marks[kind], color=colour, linewidths=0,
+                                 alpha=0.85, zorder=2, label=f"{lang} {kind}")  # fmt: skip
+            axis.set(title=title, xticks=[], yticks=[])
+            axis.grid(False)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2 * len(kinds))
+
+    return _svg(name, (8.2, 4.6), draw)
+
+
 def projection(name: str, points_Nx2: np.ndarray, langs_N: Sequence[str], pairs: Sequence[tuple[int, int]]) -> str:
     """Points of the plane: `pairs` are (query, passage) indices, joined by a line; colour is the language."""
     order = sorted(set(langs_N))

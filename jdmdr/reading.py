@@ -87,7 +87,7 @@ def numbered_passages(
     fields: Sequence[str] = FIELDS, separator: str = BLANK,
 ) -> Iterator[tuple[int, Passage]]:  # fmt: skip
     """As `passages`, each with the number of its line."""
-    row_of = _tsv_row if ".tsv" in path.suffixes else _object
+    row_of = _tsv_row if ".tsv" in path.suffixes else json_object
     return _records(path, functools.partial(_passage, fields, separator, row_of), on_error, on_bytes)
 
 
@@ -96,7 +96,7 @@ def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
     first: dict[str, int] = {}
 
     def train_row(line: str, path: Path, number: int) -> TrainRow:
-        row = _object(line, path, number)
+        row = json_object(line, path, number)
         query = Query(_id(row, "query_id", path, number), _string(row, "query", path, number))
         _once(first, query.qid, "query_id", path, number)
         positives = _docids(row, "positive_passages", path, number)
@@ -126,7 +126,7 @@ def queries(path: Path, on_error: OnError = None) -> list[Query]:
     first: dict[str, int] = {}
 
     def query(line: str, path: Path, number: int) -> Query:
-        row = _object(line, path, number)
+        row = json_object(line, path, number)
         found = Query(_id(row, "_id", path, number), _string(row, "text", path, number))
         _once(first, found.qid, "_id", path, number)
         return found
@@ -230,7 +230,8 @@ def _judgment(line: str, form: list[str], path: Path, number: int) -> tuple[str,
     return qid, docid, int(rel)
 
 
-def _object(line: str, path: Path, number: int) -> dict[str, Any]:
+def json_object(line: str, path: Path, number: int) -> dict[str, Any]:
+    """The JSON object of a line; raises UserError where there is none."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

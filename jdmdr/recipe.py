@@ -20,6 +20,7 @@ from ml_collections import ConfigDict
 
 from jdmdr import (
     corpus,
+    distill,
     embeddings,
     encode,
     encoders,
@@ -42,10 +43,11 @@ from jdmdr import (
     workdir,
 )  # fmt: skip
 from jdmdr.check import check_config
-from jdmdr.encoders import attention, pretrained
+from jdmdr.encoders import attention, pretrained, vocabulary
 from jdmdr.index.bm25 import Bm25Searcher
 from jdmdr.mining_stages import MiningStages
 from jdmdr.splits import POOLED
+from jdmdr.teaching_stages import TeachingStages
 from jdmdr.train import VOLATILE
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
@@ -56,7 +58,7 @@ ALONE = ("corpus", "tokenizer", "tokens", "warmup", "bm25", "bm25-pool", "embedd
 PARITY_TEXTS = 32  # passages that the export is checked on
 
 
-class Recipe(MiningStages):
+class Recipe(MiningStages, TeachingStages):
     """A config bound to a working directory: its stages, and the work of each."""
 
     def stages(self) -> list[Stage]:
@@ -77,11 +79,20 @@ class Recipe(MiningStages):
         weak = Stage("weak", self.make_weak, {"seed": c.seed, **lengths}, ("corpus", "tokenizer"), tuple(weak_files))
         pooled = any(s.corpus in POOLED for s in self.splits)
         searching = c.train.objective.name in objectives.SEARCHING  # it finds its passages while it trains
-        mining = [] if searching else self._mining_stages(split)
+        distilling = distill.distils(c)
+        mined = not searching and (not distilling or distill.on_queries(c) and c.train.passages_per_query > 1)
+        mining = self._mining_stages(split) if mined else []
+        teaching = self._teaching_stages(split, mined) if distilling else []
+        trained = not c.tokenizer.name and (not c.encoder.name or c.encoder.new_vocabulary)
+        read = ("bitext",) if trained and distill.has_bitext(c) else ()
+        learned = [*(["embeddings-warmup"] if searching else []), *(["negatives"] if mined else []),
+                   *([] if distilling else ["topics"]), *(stage.name for stage in teaching)]  # fmt: skip
         given = embeddings.files(pathlib.Path(c.encode.passages), sorted(self.files)) if c.encode.passages else ()
         every = [
             Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw)),
-            Stage("tokenizer", self.make_tokenizer, {"encoder": c.encoder.name, **plain["tokenizer"]}, ("corpus",)),
+            *[stage for stage in teaching if stage.name == "bitext"],
+            Stage("tokenizer", self.make_tokenizer,
+                  {"encoder": c.encoder.name, "new": c.encoder.new_vocabulary, **plain["tokenizer"]}, ("corpus", *read)),
             Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
             *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
                     ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]} & {"cloze"}],
@@ -92,10 +103,11 @@ class Recipe(MiningStages):
             *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
             Stage("embeddings-warmup", self.embed_first, stored, ("corpus", "tokens", "warmup"), given),
             *mining,
-            Stage("topics", self.label_topics, {**plain["topics"], **split},
-                  ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics)),
+            *[stage for stage in teaching if stage.name != "bitext"],
+            *([] if distilling else [Stage("topics", self.label_topics, {**plain["topics"], **split},
+                  ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics))]),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
-                  ("corpus", "tokens", *cloze["train"], "warmup", "embeddings-warmup" if searching else "negatives", "topics"),
+                  ("corpus", "tokens", *cloze["train"], "warmup", *learned),
                   volatile=VOLATILE, precious=True),
             Stage("embeddings", self.embed_last, plain["encode"],
                   ("tokens", "train", *(["embeddings-warmup"] if searching else []))),
@@ -135,12 +147,16 @@ class Recipe(MiningStages):
         c = self.config
         # The checkpoints' weights come along: that they cannot be fetched is told before any work.
         homes = [pretrained.find_checkpoint(name) for name in (c.encoder.name, c.encoder.passage_name) if name]
-        name = c.tokenizer.name or (str(homes[0]) if homes else "")
+        new = c.encoder.new_vocabulary
+        name = c.tokenizer.name or (str(homes[0]) if homes and not new else "")
         if name:
             tokenizer.copy_pretrained(name, out_dir, c.tokenizer.as_in)
         else:
             texts = itertools.chain.from_iterable(map(self._texts, self.library.collections))
-            tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir)
+            if distill.has_bitext(c):
+                texts = itertools.chain(texts, distill.bitext_texts(self.directory / "bitext"))
+            around = vocabulary.around(pathlib.Path(pretrained.tokenizer_place(str(homes[0])))) if new else None
+            tokenizer.train_unigram(texts, c.tokenizer.vocab_size, out_dir, around)
         made = tokenizer.Tokenizer(out_dir, 8)
         if not c.encoder.name and made.special_tokens:
             raise UserError(
@@ -169,13 +185,14 @@ class Recipe(MiningStages):
         )
 
     def _run_training(
-        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, topic_names: Sequence[str],
-        base: str | None,
+        self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, langs: Sequence[str],
+        topic_names: Sequence[str], base: str | None,
     ):  # fmt: skip
+        """Trains on the sources `found`, whose labels are of `langs` and `topic_names`."""
         c = self.config
         encoder = encoders.build(encoder_config)
         lengths = section.query_length or c.encoder.query_length, section.passage_length or c.encoder.passage_length
-        section = _with_steps(section, len(found[0].training_set.lang_n))
+        section = _with_steps(section, len(found[0].training_set.lang_n), found[0].share)
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
             make_batch, shapes, sentence = sources.batch_maker(
@@ -185,7 +202,7 @@ class Recipe(MiningStages):
                 lengths,
                 self.mesh.devices.size,
                 c.seed,
-                len(self.library.langs),
+                max(int(of.training_set.lang_n.max()) for of in found) + 1,
                 len(topic_names),
                 attention.packs(encoder_config),
             )
@@ -193,17 +210,20 @@ class Recipe(MiningStages):
         validation = validate.make_validation(
             self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
         )
-        collections = None
+        made_of = None
+        if section.objective.name in objectives.DISTILLING:
+            teacher_width = workdir.counts_of(self.directory, "teacher")["width"]
+            made_of = objectives.Widths(encoder_config.embedding_width, teacher_width)
         if section.steps and section.objective.name in objectives.SEARCHING:
             trainable.require_frozen_passages(section, encoder_config, params)
             blocks = [block for lang in self.library.langs for block in encode.shards(self.directory / "embeddings-warmup" / lang, "passages")]  # fmt: skip
-            collections = objectives.Collections(blocks, self.library.bases)
-        objective = objectives.build(section.objective, encoder_config, self.mesh, collections)
+            made_of = objectives.Collections(blocks, self.library.bases)
+        objective = objectives.build(section.objective, encoder_config, self.mesh, made_of)
         params, counts = train.train(
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base
         )
         if section.steps:
-            counts |= sources.shares(found[0], section, c.seed, self.library.langs, topic_names)
+            counts |= sources.shares(found[0], section, c.seed, langs, topic_names)
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
 
     def _with_cloze(self, training_set: Any, section: Any) -> list[Any]:
@@ -225,7 +245,7 @@ class Recipe(MiningStages):
             return {"steps": 0, "parameters_sha256": models.save(out_dir, encoder_config, params)}
         found = self._with_cloze(sources.pairs(self.training, self.stores), section)
         return self._run_training(
-            out_dir, section, encoder_config, params, found, [""], self.config.encoder.name or None
+            out_dir, section, encoder_config, params, found, self.library.langs, [""], self.config.encoder.name or None
         )
 
     def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
@@ -291,14 +311,17 @@ class Recipe(MiningStages):
     def train(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
         encoder_config, params = self._model("warmup")
+        base = None if trains(c.warmup) else c.encoder.name or None
+        if distill.distils(c):
+            found, langs = self._distilling_sources()
+            return self._run_training(out_dir, c.train, encoder_config, params, found, langs, [""], base)
         labels = topics.read_topics(self.directory / "topics", self.library)
         version = None
         if c.train.objective.name not in objectives.SEARCHING:
             version = negatives.version_dir(self.directory / "negatives", 0)
         training_set = sources.labelled(self.training, self.stores, self.library, version, labels, c.weights.inherit)
-        found = self._with_cloze(training_set, c.train)
-        base = None if trains(c.warmup) else c.encoder.name or None
-        return self._run_training(out_dir, c.train, encoder_config, params, found, topics.names(c.topics), base)
+        found, langs = self._with_cloze(training_set, c.train), self.library.langs
+        return self._run_training(out_dir, c.train, encoder_config, params, found, langs, topics.names(c.topics), base)
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         systems = ("bm25", *([] if self.evaluates_alone else ["warmup"]), self.config.name)
@@ -337,13 +360,13 @@ class Recipe(MiningStages):
         return report.write(self, out_dir)
 
 
-def _with_steps(section: ConfigDict, queries: int) -> ConfigDict:
-    """The section with its number of steps: as given, or what its epochs over `queries` training queries take."""
+def _with_steps(section: ConfigDict, queries: int, share: float) -> ConfigDict:
+    """The section with its number of steps: as given, or what its epochs over `queries` training queries take, which
+    `share` of the steps draw from."""
     resolved = section.copy_and_resolve_references()
     if section.steps is None:
-        share = (1 - section.cloze_share - section.pairs_share) * section.batch_size
         with resolved.unlocked(), resolved.ignore_type():
-            resolved.steps = math.ceil(section.epochs * queries / share)
+            resolved.steps = math.ceil(section.epochs * queries / (share * section.batch_size))
     return resolved
 
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 from tabulate import tabulate
 
 from jdmdr import expand, judge, page, workdir
-from jdmdr.objectives import SEARCHING
+from jdmdr.objectives import BITEXT, DISTILLING, SEARCHING
+from jdmdr.objectives.distill_bitext import TERMS
 
 if TYPE_CHECKING:
     from jdmdr.recipe import Recipe
@@ -143,6 +144,8 @@ def _negatives(config: Any) -> str:
     objective, members = config.train.objective, config.mine.retrievers
     if objective.name in SEARCHING:
         return f"the top {objective.top_k} that a query retrieves in each step"
+    if objective.name == BITEXT:
+        return "none: the other pairs of a batch are compared"
     if config.train.passages_per_query == 1:
         return "those of the other queries of a batch"
     return members if "," not in members else f"{members} fused by {config.mine.fusion}"
@@ -154,9 +157,14 @@ def _objective(recipe: Recipe) -> str:
     counts = workdir.counts_of(recipe.directory, "train")
     learned = counts.get("objective", {}).get("temperature")
     temperature = f"{objective.temperature}" if learned is None else f"{learned:.4g} (learned)"
-    of = {"contrastive": [objective.mode], "pairwise": [f"negatives {objective.negatives}"],
+    weights = [f"{term.removesuffix('_weight')} {objective[term]:g}" for term in TERMS if objective[term]]
+    of = {"distill_bitext": weights, "distill_scores": [objective.form, f"candidates {objective.candidates}"],
+          "contrastive": [objective.mode], "pairwise": [f"negatives {objective.negatives}"],
           "adore": [f"{objective.metric} cut at {objective.metric_cut}"]}  # fmt: skip
     words = [objective.name, *of[objective.name], f"temperature {temperature}"]
+    if objective.name in DISTILLING:
+        words.append(f"the teacher's {objective.teacher_temperature}")
+        words.append(f"teacher {pathlib.Path(recipe.config.distill.teacher).name}")
     if objective.dimensions:
         words.append(f"Matryoshka at {', '.join(map(str, objective.dimensions))}")
     if lora.rank:

@@ -33,6 +33,7 @@ from jdmdr.index.searcher import Searcher, best_first
 from jdmdr.presets import PRESETS
 from jdmdr.types import NO_HIT, Hits, UserError
 
+KEY = "mine.retrievers"
 WARMUP, BM25, RANDOM, ENCODER, RUN, VECTORS = "warmup", "bm25", "random", "encoder", "run", "vectors"
 DENSE = (WARMUP, ENCODER, VECTORS)
 ENSEMBLE = "ensemble"  # the fused list's name among the runs
@@ -70,44 +71,42 @@ class Retriever(NamedTuple):
         return dense_rescore(self.vectors.queries_QxD[rows], self.vectors.blocks) if self.vectors else None
 
 
-def parse(entries: str) -> list[Spec]:
-    """`mine.retrievers` as specs; raises UserError on an empty entry and on two of one name."""
-    specs = [_spec(entry.strip()) for entry in entries.split(",")]
+def parse(entries: str, key: str = KEY) -> list[Spec]:
+    """`mine.retrievers`, or another key that names retrievers, as specs; raises UserError on an empty entry and on two of one name."""
+    specs = [_spec(entry.strip(), key) for entry in entries.split(",")]
     names = [spec.name for spec in specs]
     if double := next((name for name in names if names.count(name) > 1), None):
-        raise UserError(f"mine.retrievers names two retrievers {double!r}; give one a name of its own: NAME={double}")
+        raise UserError(f"{key} names two retrievers {double!r}; give one a name of its own: NAME={double}")
     return specs
 
 
-def _spec(entry: str) -> Spec:
+def _spec(entry: str, key: str) -> Spec:
     name, equals, source = entry.partition("=")
     if not equals:
         name, source = "", entry
     if not source or (equals and not name):
-        raise UserError(
-            f"mine.retrievers has the entry {entry!r}; separate names by single commas, and write NAME=ENTRY"
-        )
+        raise UserError(f"{key} has the entry {entry!r}; separate names by single commas, and write NAME=ENTRY")
     if source in (WARMUP, BM25, RANDOM) and not name:
         return Spec(source, source)
     kind, colon, place = source.partition(":")
     if colon and kind in (RUN, VECTORS):
         if not place:
-            raise UserError(f"mine.retrievers: {entry!r} names no file; write {kind}:PATH")
-        return Spec(_checked(name or kind), kind, place)
+            raise UserError(f"{key}: {entry!r} names no file; write {kind}:PATH")
+        return Spec(_checked(name or kind, key), kind, place)
     if source in PRESETS:
-        return Spec(_checked(name or source), ENCODER, PRESETS[source].name, source)
+        return Spec(_checked(name or source, key), ENCODER, PRESETS[source].name, source)
     if "/" not in source and not pathlib.Path(source).is_dir():
         raise UserError(
-            f"mine.retrievers: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, {RANDOM}, "
+            f"{key}: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, {RANDOM}, "
             f"{', '.join(PRESETS)}, a checkpoint's directory or HUB/NAME, {RUN}:PATH and {VECTORS}:DIR"
         )
-    return Spec(_checked(name or pathlib.PurePath(source).name), ENCODER, source, name if name in PRESETS else "")
+    return Spec(_checked(name or pathlib.PurePath(source).name, key), ENCODER, source, name if name in PRESETS else "")
 
 
-def _checked(name: str) -> str:
+def _checked(name: str, key: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) or name in RESERVED:
         raise UserError(
-            f"mine.retrievers: {name!r} cannot be the name of a retriever; give it one of letters, digits, '.', '_' and "
+            f"{key}: {name!r} cannot be the name of a retriever; give it one of letters, digits, '.', '_' and "
             f"'-', as in NAME=ENTRY, other than {', '.join(RESERVED)}"
         )
     return name
@@ -124,7 +123,7 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
     directory = pretrained.find_checkpoint(spec.source)
     with own.unlocked(), own.ignore_type():
         own.projection, own.projection_norm, own.towers, own.remat, own.passage_name = 0, False, "", False, ""
-        own.window = 0
+        own.window, own.new_vocabulary, own.layers = 0, False, 0
         if spec.preset:
             own.update(PRESETS[spec.preset].encoder())
             own.name = str(directory)

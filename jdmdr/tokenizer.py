@@ -37,11 +37,13 @@ NO_END = -1
 AS_IN = {"2.3.0": False, "2.8.0": True}
 
 
-def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) -> None:
+def train_unigram(
+    texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path, around: tuple[str, str] | None = None
+) -> None:  # fmt: skip
     """Trains a Unigram vocabulary (Kudo 2018) and writes it as a Hugging Face tokenizer directory.
 
     NFKC and lower case; words of letters, combining marks and digits, all else dropped; no special tokens but pad (id 0)
-    and unknown (id 1). sentencepiece does the training because it
+    and unknown (id 1); `around` are two more, that stand before and behind every text (BERT's cls and sep). sentencepiece does the training because it
     gives the same vocabulary on every run, which the trainer of `tokenizers` does not. A text too small for
     `vocab_size` gets as many pieces as it supports.
     """
@@ -74,12 +76,15 @@ def train_unigram(texts: Iterable[str], vocab_size: int, out_dir: pathlib.Path) 
     tokenizer.normalizer = normalizer
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, pre_tokenizers.Metaspace(split=False)])
     tokenizer.decoder = decoders.Metaspace()
+    names = {"pad_token": PAD, "unk_token": UNKNOWN}
+    if around:
+        tokenizer.add_special_tokens([PAD, UNKNOWN, *around])
+        ids = [(token, tokenizer.token_to_id(token)) for token in around]
+        tokenizer.post_processor = processors.TemplateProcessing(f"{around[0]} $A {around[1]}", special_tokens=ids)
+        names |= {"cls_token": around[0], "sep_token": around[1]}
     out_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(out_dir / "tokenizer.json"))
-    write_json(
-        out_dir / "tokenizer_config.json",
-        {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": PAD, "unk_token": UNKNOWN},
-    )
+    write_json(out_dir / "tokenizer_config.json", {"tokenizer_class": "PreTrainedTokenizerFast", **names})
 
 
 def add_pair_tokens(directory: pathlib.Path) -> None:

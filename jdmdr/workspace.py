@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from jdmdr import (
     corpus,
     datasets,
+    distill,
     encode,
     encoders,
     expand,
@@ -58,13 +59,19 @@ class Workspace:
     @functools.cached_property
     def training(self):
         queries = self.library.training_queries(self.config.data.valid_share, self.config.seed)
-        if not any(not q.held_out for q in queries) and not self.evaluates_alone:
+        if not any(not q.held_out for q in queries) and not self.evaluates_alone and self._asks_queries:
             raise UserError(
                 f"data.root {self.config.data.root}: no language has a training query with a positive in its corpus; add "
                 "train/{lang}.jsonl, or topics/{lang}.train.tsv with qrels/{lang}.train.tsv; to evaluate an encoder as it "
                 "is, set warmup.epochs and train.epochs to 0 and run jdmdr.evaluate"
             )
         return queries
+
+    @property
+    def _asks_queries(self) -> bool:
+        """Whether anything trains on queries; translations need none."""
+        c = self.config
+        return trains(c.warmup) or not distill.distils(c) or distill.on_queries(c) or c.distill.parallel
 
     @functools.cached_property
     def evaluates_alone(self) -> bool:
@@ -112,7 +119,8 @@ class Workspace:
 
     def _first_encoder(self):
         """The encoder and its parameters before any training."""
-        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed)
+        home = self.directory / "tokenizer"
+        return models.start(self.config.encoder, self.vocab_size, self.stores.passages, self.config.seed, home)
 
     def _model(self, stage: str):
         """The encoder and the parameters that a training stage ended with."""

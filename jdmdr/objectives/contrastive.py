@@ -23,8 +23,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from jdmdr import parallel
 from jdmdr.objectives import blockwise
 from jdmdr.objectives import temperature as temperatures
 from jdmdr.objectives.protocol import Collections, Objective
@@ -68,10 +69,7 @@ def encode_sides(params: Any, batch: Mapping[str, Any], encode: Any, mesh: Mesh 
     """q_BxD and p_NxD of the global batch; with a mesh the queries stay sharded and every device sees all passages."""
     q_BxD = encode(params, batch["queries"], "query")
     p_NxD = encode(params, batch["passages"], "passage")
-    if mesh is not None:
-        q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec("data")))
-        p_NxD = jax.lax.with_sharding_constraint(p_NxD, NamedSharding(mesh, PartitionSpec()))
-    return q_BxD, p_NxD
+    return parallel.by_rows(q_BxD, mesh), parallel.whole(p_NxD, mesh)
 
 
 def contrastive_loss(

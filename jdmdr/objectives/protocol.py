@@ -51,3 +51,10 @@ class Collections(NamedTuple):
 
     blocks: Sequence[np.ndarray]  # [rows, D] each, memory-mapped as a rule; global rows in order
     bases: np.ndarray  # [L + 1]: collection l is the global rows bases[l] .. bases[l + 1] - 1
+
+
+class Widths(NamedTuple):
+    """Of the embeddings that a distillation compares."""
+
+    student: int
+    teacher: int

@@ -41,7 +41,7 @@ def value(config: Any, own: dict[str, jax.Array]) -> jax.Array | float:
 
 def metrics(config: Any, own: dict[str, jax.Array]) -> dict[str, jax.Array | float]:
     """What a step logs of a learned temperature."""
-    return {"temperature": value(config, own)} if own else {}
+    return {"temperature": value(config, own)} if LOG_TEMPERATURE in own else {}
 
 
 def figures(config: Any) -> Callable[[Any], dict[str, float]]:
