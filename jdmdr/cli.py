@@ -44,8 +44,12 @@ class Terminated(BaseException):
     """SIGTERM arrived outside the training loop."""
 
 
-def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], doc: str) -> None:
+def run(
+    command: Callable[[ConfigDict, pathlib.Path | None, flags.FlagValues], None], doc: str, writes: bool = True
+) -> None:
     """Parses the command line, holds the working directory, runs `command(config, workdir, flags)`, exits.
+
+    A command that does not write needs no working directory; None stands for it where none is named.
 
     Exit codes: 0 done; 2 a mistake of the user's, told in one sentence; 130 Ctrl-C; 143 SIGTERM. After either of the last
     two the same command goes on where it was.
@@ -58,12 +62,12 @@ def run(command: Callable[[ConfigDict, pathlib.Path, flags.FlagValues], None], d
             with contextlib.suppress(BrokenPipeError):  # `--help | head`
                 print(_help(doc), flush=True)
             os._exit(0)
-        config = _parse(values)
+        config = _parse(values, writes)
         logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of what it raises again
         from jdmdr import workdir  # after --help, which should not wait for heavy imports
 
-        directory = pathlib.Path(values.workdir)
-        with workdir.locked(directory):
+        directory = pathlib.Path(values.workdir) if values.workdir else None
+        with workdir.locked(directory) if writes else contextlib.nullcontext():
             command(config, directory, values)
     except UserError as error:
         _fail(str(error))
@@ -147,7 +151,7 @@ def _flags() -> flags.FlagValues:
     return values
 
 
-def _parse(values: flags.FlagValues) -> ConfigDict:
+def _parse(values: flags.FlagValues, writes: bool) -> ConfigDict:
     sys.path.insert(0, str(CONFIGS.parent))  # recipes say `from configs import default` wherever they lie
     path, overrides = _config_words(sys.argv[1:])
     _check_config(path, overrides)
@@ -170,7 +174,7 @@ def _parse(values: flags.FlagValues) -> ConfigDict:
         ) from error
     if len(rest) > 1:
         raise UserError(f"the argument {rest[1]!r} belongs to no flag; write --workdir=DIR and --config.KEY=VALUE")
-    if not values.workdir:
+    if writes and not values.workdir:
         raise UserError("--workdir is missing; name the directory to write to, as in --workdir runs/quickstart")
     for key in off:  # absl has no None of a number's type
         with config.unlocked(), config.ignore_type():

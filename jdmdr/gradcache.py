@@ -66,13 +66,13 @@ class Shares(NamedTuple):
                 pieces = chunk_count(rows, max(self.rows / per_row, 1), 1)
                 split = jax.tree.map(lambda x: x.reshape(pieces, rows // pieces, *x.shape[1:]), tokens)
                 out = jax.lax.map(encode_piece, (split, jax.random.split(rng, pieces)))
-                return out.reshape(rows * per_row, -1)
+                return out.reshape(rows * per_row, *out.shape[2:])
 
             if isinstance(block, Packed):
                 return in_pieces(in_rows(block)[0], block.lengths_RxS.shape[1] - 1, rng)
             found = [in_pieces(tokens, 1, jax.random.fold_in(rng, i)) for i, tokens in enumerate(runs(block))]
-            by_chunk_KxCxD = jnp.concatenate(found).reshape(len(block.ids), len(block.ids[0]), -1)
-            return by_chunk_KxCxD.swapaxes(0, 1).reshape(-1, by_chunk_KxCxD.shape[-1])
+            by_chunk = jnp.concatenate(found)  # K * C, in the end C * K
+            return by_chunk.reshape(len(block.ids), -1, *by_chunk.shape[1:]).swapaxes(0, 1).reshape(by_chunk.shape)
 
         encode = jax.shard_map(on_device, mesh=self.mesh, in_specs=(DATA, DATA, EVERYWHERE), out_specs=DATA)
         embeddings = encode(copies, block._replace(order_N=None), rng)

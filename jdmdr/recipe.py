@@ -192,7 +192,7 @@ class Recipe(MiningStages, TeachingStages):
         c = self.config
         encoder = encoders.build(encoder_config)
         lengths = section.query_length or c.encoder.query_length, section.passage_length or c.encoder.passage_length
-        section = _with_steps(section, len(found[0].training_set.lang_n), found[0].share)
+        section = with_steps(section, len(found[0].training_set.lang_n), found[0].share)
         make_batch, shapes, sentence = None, 0, "no step: the encoder as it is"
         if section.steps:
             make_batch, shapes, sentence = sources.batch_maker(
@@ -360,7 +360,7 @@ class Recipe(MiningStages, TeachingStages):
         return report.write(self, out_dir)
 
 
-def _with_steps(section: ConfigDict, queries: int, share: float) -> ConfigDict:
+def with_steps(section: ConfigDict, queries: int, share: float) -> ConfigDict:
     """The section with its number of steps: as given, or what its epochs over `queries` training queries take, which
     `share` of the steps draw from."""
     resolved = section.copy_and_resolve_references()

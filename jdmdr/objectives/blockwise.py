@@ -109,7 +109,7 @@ def _one_block(q_BxD: jax.Array, p_NxD: jax.Array, rows: Rows, columns: Columns)
         jnp.where(is_target_BxN, scores_BxN, 0.0).sum(axis=1),
         jax.nn.logsumexp(negative_BxN + jnp.log(columns.weight_RxN)[:, None, :], axis=2),
         negative_BxN.max(axis=1),
-        jnp.matmul(columns.weight_RxN, is_negative_BxN.T),
+        jnp.matmul(columns.weight_RxN, is_negative_BxN.T.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST),
     )
 
 
