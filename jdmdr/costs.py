@@ -55,13 +55,13 @@ class Cost(NamedTuple):
 
 
 def stage_costs(
-    config: ConfigDict, data: Data, encoder: EncoderConfig, parameters: int, steps: Mapping[str, int],
-    forward: Callable[[float], float],
+    config: ConfigDict, data: Data, encoder: EncoderConfig, parameters: int, trained: Mapping[str, int],
+    steps: Mapping[str, int], forward: Callable[[float], float],
 ) -> list[Cost]:  # fmt: skip
     """The stages that weigh, in order.
 
     Args:
-      parameters: of the encoder; `steps` of the sections `warmup` and `train`.
+      parameters: of the encoder; `trained` of these, and `steps`, in the sections `warmup` and `train`.
       forward: FLOPs of encoding one text of so many tokens.
     """
     passages, queries = data.passages.value, data.queries.value
@@ -76,7 +76,7 @@ def stage_costs(
         section = config[name]
         passes = 3 + bool(section.grad_cache) + bool(encoder.remat)
         of_query = forward(data.query_tokens.value) + section.passages_per_query * forward(tokens)
-        saved = CHECKPOINTS * 12 * parameters if steps[name] else 0
+        saved = CHECKPOINTS * 12 * trained[name] if steps[name] else 0
         return Cost(name, saved + 4 * parameters, steps[name] * section.batch_size * passes * of_query, steps[name])
 
     searching = config.train.objective.name in SEARCHING

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,9 +30,7 @@ def step_bytes(config: Any, section: Any, lengths: tuple[int, int], batch_size: 
     """
     encoder = encoders.build(config)
     objective = objectives.build(section.objective, config, mesh)
-    trained, frozen = jax.eval_shape(
-        lambda: trainable.split(section, encoder.init(jax.random.key(0)), objective.parameters, 0)
-    )
+    trained, frozen = split_shapes(config, section, objective.parameters)
     optimiser = optim.make_optimiser(section, trained, frozen)
     state = jax.eval_shape(lambda *params: init_state(params[0], optimiser, params[1]), trained, frozen)
     step = make_step(encoder, objective, optimiser, 0, section.lora, mesh, section.grad_cache)
@@ -42,6 +40,11 @@ def step_bytes(config: Any, section: Any, lengths: tuple[int, int], batch_size: 
     found = lowered.compile(OPTIONS if mesh.devices.flat[0].platform == "cpu" else None).memory_analysis()
     sizes = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
     return sum(sizes) - found.alias_size_in_bytes
+
+
+def split_shapes(config: Any, section: Any, own: Mapping[str, jax.Array]) -> tuple[Any, Any]:
+    """As `trainable.split`, shapes alone."""
+    return jax.eval_shape(lambda: trainable.split(section, encoders.build(config).init(jax.random.key(0)), own, 0))
 
 
 def abstract_batch(B: int, P: int, lengths: tuple[int, int], mesh: Mesh) -> dict[str, Any]:

@@ -52,7 +52,7 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
             raise UserError(f"--{name} is {values[name].value}; it is above 0")
     mesh = _mesh(values.hardware, values.devices)
 
-    from jdmdr import costs, hardware, perf, sizes
+    from jdmdr import costs, fit, hardware, perf, sizes
     from jdmdr.check import check_config
     from jdmdr.objectives import BITEXT, blockwise
     from jdmdr.recipe import with_steps
@@ -66,22 +66,22 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
     data = sizes.find_data(config, directory, given)
     on_cpu = not values.hardware and mesh.devices.flat[0].platform == "cpu"
     encoder, known = sizes.find_encoder(config, values.shape, "float32" if on_cpu else "bfloat16")
-    parameters = sizes.parameters(encoder)
+    parameters = sum(map(_count, fit.split_shapes(encoder, config.train, {})))
     sections = {
         name: with_steps(section, math.ceil(data.queries.value), 1 - section.cloze_share - section.pairs_share)
         for name, section in (("warmup", config.warmup), ("train", config.train))
     }
     forward = functools.partial(perf.forward_flops, encoder)
-    stages = costs.stage_costs(
-        config, data, encoder, parameters, {name: section.steps for name, section in sections.items()}, forward
-    )
+    trained = {name: _count(fit.split_shapes(encoder, section, {})[0]) for name, section in sections.items()}
+    steps = {name: section.steps for name, section in sections.items()}
+    stages = costs.stage_costs(config, data, encoder, parameters, trained, steps, forward)
     peak = device.flops or perf.matmul_peak(encoder.dtype)
     speed = peak * values.mfu * count
     lengths = tuple(config.train[f"{side}_length"] or config.encoder[f"{side}_length"] for side in ("query", "passage"))
     facts = [
         *((name.replace("_", " "), f"{figure.value:,.0f}", figure.how) for name, figure in data._asdict().items()),
         ("encoder", f"{encoder.kind}, {encoder.layers} layers, width {encoder.width}", known),
-        ("parameters", f"{parameters:,}", "computed"),
+        ("parameters", f"{parameters:,}, of which {trained['train']:,} train", "computed"),
         (
             "hardware",
             f"{count} x {device.name}, {size(device.memory)} each",
@@ -99,7 +99,7 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
             data.passage_tokens.value
         )
         seconds = 3 * config.train.batch_size * of_query / speed
-        sent = costs.sent_bytes(4 * parameters, *_sides(config.train), encoder.embedding_width, count,
+        sent = costs.sent_bytes(4 * trained["train"], *_sides(config.train), encoder.embedding_width, count,
                                 in_blocks=blockwise.exceeds_one_block(*_sides(config.train), mesh))  # fmt: skip
         print(sending_table(sent, seconds, device.bandwidth(count)), end="\n\n")
     if encoder.kind == "static":
@@ -115,7 +115,7 @@ def stage_table(stages: Sequence[Cost], speed: float) -> str:
     rows = [[cost.stage, size(cost.disk), cost.steps or "", hours(cost.flops / speed)] for cost in stages]
     disk, flops = (sum(getattr(cost, name) for cost in stages) for name in ("disk", "flops"))
     rows.append(["all", size(disk), "", hours(flops / speed)])
-    headers = ["stage", "disk, computed", "steps, computed", "computing, computed"]
+    headers = ["stage (all computed)", "disk", "steps", "encoding, training"]
     return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
 
 
@@ -161,7 +161,7 @@ def sending_table(sent: dict[str, float], seconds: float, bandwidth: float) -> s
     rows.append(["all", size(sum(sent.values())), f"{1e3 * waiting:,.2f} ms"])
     rows.append(["computing", "", f"{1e3 * seconds:,.2f} ms"])
     rows.append(["efficiency, if nothing overlaps", "", f"{seconds / (seconds + waiting):.1%}"])
-    headers = ["a training step on each device", "sent, computed", "time, computed"]
+    headers = ["training step, each device (computed)", "sends", "time"]
     return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right"))
 
 
@@ -178,6 +178,13 @@ def hours(seconds: float) -> str:
         if seconds >= length:
             return f"{seconds / length:,.1f} {unit}"
     return f"{seconds:.2g} s"
+
+
+def _count(tree: Any) -> int:
+    """Of the numbers in a tree of arrays."""
+    import jax
+
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _mesh(hardware: str, devices: int | None) -> jax.sharding.Mesh:

@@ -8,11 +8,10 @@ import pathlib
 from typing import Any, NamedTuple
 
 import huggingface_hub
-import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdmdr import datasets, encoders, reading, workdir
+from jdmdr import datasets, reading, workdir
 from jdmdr.corpus import parse_fields, passage_text
 from jdmdr.encoders import EncoderConfig, huggingface, pretrained
 from jdmdr.library import TRAIN
@@ -149,16 +148,11 @@ def find_encoder(config: ConfigDict, shape: str, dtype: str) -> tuple[EncoderCon
     return dataclasses.replace(read, **{key: value for key, value in own.items() if value}), str(found.name)
 
 
-def parameters(config: EncoderConfig) -> int:
-    """How many parameters the encoder has, both towers."""
-    shapes = jax.eval_shape(encoders.build(config).init, jax.random.key(0))
-    return sum(leaf.size for leaf in jax.tree.leaves(shapes))
-
-
 def _config_json(name: str) -> pathlib.Path:
     directory = pathlib.Path(name).expanduser()
     if directory.is_dir():
         return pretrained.read_modules(directory)["query"].get("Transformer", directory) / "config.json"
+    huggingface_hub.logging.set_verbosity_error()  # what it warns of is told below
     try:
         return pathlib.Path(huggingface_hub.hf_hub_download(name, "config.json"))
     except (OSError, ValueError) as error:
