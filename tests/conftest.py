@@ -18,6 +18,10 @@ REPO = pathlib.Path(__file__).parents[1]
 TINYPEDIA = REPO / "third_party" / "tinypedia"
 SHARED = REPO.parent / "shared" / "data"
 
+# What one test compiled, the processes that others start need not compile again.
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(REPO / ".cache" / "xla"))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
 
 @pytest.fixture(scope="session", autouse=True)
 def heed_ctrl_c():

@@ -89,6 +89,8 @@ def test_perfect_and_useless_encoders_score_one_and_little(finished, model):
     class Oracle:
         """Puts every query and its positive on one axis of their own."""
 
+        config = encoders.EncoderConfig(kind="static", vocab_size=64, width=64)
+
         def __init__(self, right):
             self.right = right
 
