@@ -310,10 +310,10 @@ class Answering:
         null = workdir.counts_of(self.directory, "train")["unanswerable"] > 0
         measured = {}
         for name, path in progress.bar(self._tests().items(), "  answering", "pairs", total=len(self._tests())):
-            texts = self._texts([path])
-            answers = self._answers(params, texts, null)
-            write_json(out_dir / f"{name}.json", answers)
-            measured[name] = squad.score(texts.questions, answers, name.split("-")[0])
+            if not (out_dir / f"{name}.json").exists():  # else a killed run got so far
+                write_json(out_dir / f"{name}.json", self._answers(params, self._texts([path]), null))
+            answers = read_json(out_dir / f"{name}.json")
+            measured[name] = squad.score(squad.read(path), answers, name.split("-")[0])
         write_json(out_dir / "f1.json", measured)
         return {"average_f1": float(np.mean([of["f1"] for of in measured.values()]))}
 
