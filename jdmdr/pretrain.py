@@ -157,8 +157,6 @@ class Pretraining:
             heads = qlm_rr.init_heads(rng, config, tied)
             directory = pretrained.find_checkpoint(c.encoder.name)
             heads[qlm_rr.LM_HEAD] = huggingface.read_lm_head(directory, config, tied) or heads[qlm_rr.LM_HEAD]
-            if c.encoder.window:
-                config, params = lengthen(config, params, p.length, c.encoder.window)
         else:
             s = p.scratch
             config = encoders.EncoderConfig(
@@ -167,6 +165,11 @@ class Pretraining:
             )  # fmt: skip
             params = encoders.build(config).init(rng)
             heads = qlm_rr.init_heads(jax.random.fold_in(rng, 1), config, tied)
+        if vocab_size > config.vocab_size:
+            raise UserError(f"the tokenizer of {c.encoder.name} has {vocab_size} tokens, but its weights have vectors for "
+                            f"{config.vocab_size}; they do not belong together")  # fmt: skip
+        if c.encoder.window:
+            config, params = lengthen(config, params, p.length, c.encoder.window)
         if p.length > config.usable_positions:
             raise UserError(f"pretrain.length is {p.length}, but the encoder has room for {config.usable_positions} tokens; lower "
                             "it, or set encoder.window")  # fmt: skip

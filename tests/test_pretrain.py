@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from conftest import REPO
+from conftest import REPO, TINYPEDIA
 
 from configs import clir_pretrain, clir_rerank, mlqa
 from jdmdr import encoders, metrics, models, pipeline, pretrain, rerank_folds, spans
@@ -68,6 +68,24 @@ def test_alignment_is_the_share_of_nearest_neighbours_both_ways():
     back = (one @ two.T).argmax(axis=0)
     expected = np.mean([there == np.arange(4), back == np.arange(4)])
     assert pretrain.precision_at_1(one, two) == expected < 1
+
+
+@pytest.mark.slow
+def test_the_long_model_is_pretrained_from_a_checkpoint_and_ranks_a_run(pretrained, tmp_path, command):
+    """What was pretrained short goes on with a window, over longer documents; its re-ranker takes any run."""
+    config = clir_pretrain.get_config("smoke")
+    config.encoder.name, config.encoder.window = str(pretrained / "export" / "encoder"), 16
+    config.pretrain.length, config.pretrain.objective.schedule, config.pretrain.steps = 192, "alternate", 4
+    pipeline.bring(pretrain.stages(config, tmp_path / "w"), tmp_path / "w", pretrain.TARGET)
+    found, _ = encoders.load_pretrained(tmp_path / "w" / "export" / "encoder")
+    assert (found.family, found.window, found.usable_positions) == ("longformer", 16, 192)
+    run = "".join(f"7-0-0 Q0 {d} {r} {9 - r} bm25\n" for r, d in enumerate(["7#1", "0#0", "7#0"]))
+    (tmp_path / "en.trec").write_text(run)
+    done = command("jdmdr.rerank", tmp_path / "{lang}.trec", f"--model={tmp_path / 'w' / 'export' / 'reranker'}",
+                   f"--data={TINYPEDIA}", f"--out={tmp_path / 'out'}", "--length=128")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    ranked = [line.split()[2] for line in (tmp_path / "out" / "en.trec").read_text().splitlines()]
+    assert sorted(ranked) == ["0#0", "7#0", "7#1"]
 
 
 @pytest.mark.slow
