@@ -26,7 +26,7 @@ B, T, P, K = 4, 12, 5, 2
 def bert(tied=True):
     """A small BERT of one layer with random heads; parameters large enough to tell."""
     config, params = encoders.load_pretrained(GOLDENS / "bert", pooling="cls", normalize=False)
-    config = dataclasses.replace(config, layers=1, hidden_dropout=0.0, attention_dropout=0.0)
+    config = dataclasses.replace(config, layers=1, activation="gelu", hidden_dropout=0.0, attention_dropout=0.0)
     heads = jax.tree.map(lambda x: x * 5 + 0.01, qlm_rr.init_heads(jax.random.key(0), config, tied))
     return config, {name: params[name] for name in ("embeddings", "layer_0")}, heads
 
