@@ -32,6 +32,6 @@ def get_config(arg=""):
         s.langs, s.epochs = "en,de,es", 3.0
         if arg:
             s.data, s.langs, s.train_langs = default.TINYPEDIA, "en,es", "en"
-            s.length, s.query_length, s.overlap = 160, 32, 64
+            s.length, s.query_length, s.overlap = 96, 32, 32
             s.steps, s.batch_size, s.checkpoint_every, s.log_every = 4, 8, 2, 1
     return c
