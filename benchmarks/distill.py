@@ -23,14 +23,16 @@ from tabulate import tabulate
 
 from benchmarks import command
 from configs import default, kdr_stage1, kdr_stage2
-from jdmdr import ablate, bitext, datasets, pipeline, progress, reading, workdir
+from jdmdr import ablate, alignment, bitext, datasets, pipeline, progress, reading, workdir
 from jdmdr.metrics import AVERAGE
+from jdmdr.recipe import Recipe
 from jdmdr.types import UserError
 
 SOURCE, CLEAN, TEST = "en", "clean", "test"
 BEFORE, FIRST, SECOND, BOTH = "before", "stage 1", "stage 2 alone", "stage 1, then 2"
 DIRECTIONS = ("En-En", "L-En", "En-L", "L-L")
 XQUAD_PAIRS = "xquad"
+PICTURE = "kdr-translations.svg"
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
@@ -167,13 +169,39 @@ def translation_accuracy(config: ConfigDict, cell: pathlib.Path, data: pathlib.P
     return {name.partition("-")[0]: (of["there"] + of["back"]) / 2 for name, of in found.items()}
 
 
+def picture(cells: pathlib.Path, configs: Mapping[str, ConfigDict], seed: int) -> tuple[str, list[list[str]]]:
+    """English and Korean test queries and passages before, after stage 1 and after both, as an SVG file; and in figures."""
+    own = {name: cells / ablate.cell_name(ablate.Row("", name, {}), seed) for name in configs}
+    recipe = Recipe(configs[FIRST], own[FIRST])
+    split = next(split for split in recipe.splits if split.corpus == "own")
+    pairs = alignment.choose(recipe.library, split, SOURCE, "ko")
+    stages = {
+        "before": (FIRST, "embeddings-warmup"),
+        "after stage 1": (FIRST, "embeddings"),
+        "after both": (BOTH, "embeddings"),
+    }
+    panels = {title: alignment.panel(own[row] / stage, pairs, seed) for title, (row, stage) in stages.items()}
+    svg = (
+        alignment.picture("translations", panels, pairs).replace("currentColor", "#444").replace("var(--grid)", "#bbb")
+    )
+    rows = [
+        [
+            title,
+            *(f"{panel.figures[kind][key]:.2f}" for kind in pairs.rows for key in ("translations", "others", "own")),
+        ]
+        for title, panel in panels.items()
+    ]
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1), rows
+
+
 def measure(arguments: argparse.Namespace) -> None:
     """The command: the cells that are not done, then the tables."""
     xquad_pairs(pathlib.Path(arguments.xquad), arguments.out / XQUAD_PAIRS)
     config = recipe(arguments)
     cells = arguments.out / "cells"
     found: dict[str, dict[int, Any]] = {}
-    for seed in config.ablation.seeds:
+    seeds = config.ablation.seeds
+    for seed in seeds:
         for line in config.ablation.rows:
             row = ablate.Row(*line)
             name, own = ablate.cell_name(row, seed), ablate.cell_config(config, row, seed, cells)
@@ -193,8 +221,17 @@ def measure(arguments: argparse.Namespace) -> None:
                 workdir.write_json(result, known)
             found.setdefault(row.name, {})[seed] = known
     text = page(found)
+    configs = {row[1]: ablate.cell_config(config, ablate.Row(*row), seeds[0], cells) for row in config.ablation.rows}
+    svg, rows = picture(cells, configs, seeds[0])
+    heads = [
+        "",
+        *(f"{kind}: {of}" for kind in ("queries", "passages") for of in ("translations", "others", "own language")),
+    ]
+    text += f"\n\n**Cosines, and own language among the ten nearest (0.5: no preference), en and ko, seed {seeds[0]}**\n\n{_table(rows, heads)}"
     print(text)
     if arguments.docs:
+        workdir.write_text(arguments.docs.with_name(PICTURE), svg)
+        text += f"\n\n![t-SNE of English and Korean queries and passages of tinypedia `test`]({PICTURE})"
         command.replace_section(arguments.docs, "distillation", text)
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from jdmdr import encode, metrics, pictures, scores, workdir
+from jdmdr import alignment, encode, metrics, pictures, scores, workdir
 from jdmdr.corpus import passage_text
 from jdmdr.filters.explain import ALL, KINDS
 from jdmdr.llm import calibration
@@ -28,9 +28,6 @@ WORST = 5  # queries a language
 SHOWN_HITS = 3
 TEXT = 320  # characters of a passage that are shown
 POINTS = 400  # queries and passages in the picture of the embeddings
-PAIRS = 60  # queries of each language in the picture of translations
-FEWEST = 12  # points of such a picture
-PASSAGES = "passages"
 RIGHT_TO_LEFT = {"ar", "fa", "he", "ur"}
 
 
@@ -264,87 +261,28 @@ def _projection(recipe: Recipe, splits: Sequence[Split]) -> str:
             langs += [lang] * len(chosen)
         first = len(langs) - 2 * len(rows)
         pairs += [(first + i, first + len(rows) + i) for i in range(len(rows))]
-    if len(langs) < FEWEST:
+    if len(langs) < alignment.FEWEST:
         return ""
-    points_Nx2 = _tsne(np.concatenate(vectors).astype(np.float32), recipe.config.seed)
+    points_Nx2 = alignment.tsne(np.concatenate(vectors).astype(np.float32), recipe.config.seed)
     return pictures.projection("projection", points_Nx2, langs, pairs)
 
 
-def _tsne(vectors_NxD: np.ndarray, seed: int) -> np.ndarray:
-    """t-SNE (van der Maaten and Hinton, JMLR 2008), Nx2."""
-    from sklearn.manifold import TSNE
-
-    # The exact method: Barnes-Hut adds up in the order in which threads end.
-    perplexity = min(30, len(vectors_NxD) // 4)
-    reducer = TSNE(perplexity=perplexity, init="pca", method="exact", max_iter=500, random_state=seed)
-    return reducer.fit_transform(vectors_NxD)
-
-
 def _translations(recipe: Recipe, splits: Sequence[Split]) -> dict[str, Any] | None:
-    """Queries and passages of two languages that equal ids pair, before and after training, with figures.
-
-    The languages are the teacher's and the first of `distill.shown` that has such pairs; None without any.
-    """
-    c, library = recipe.config.distill, recipe.library
-    split = next((s for s in splits if s.corpus == "own"), None)
-    if split is None or c.source not in library.langs:
+    """Translations before and after training, as a picture and in figures; None where nothing is there in two languages."""
+    c, split = recipe.config, next((s for s in splits if s.corpus == "own"), None)
+    found = alignment.choose(recipe.library, split, c.distill.source, c.distill.shown) if split else None
+    if found is None:
         return None
-    for other in [lang for lang in dict.fromkeys([*c.shown.split(","), *library.langs]) if lang in library.langs]:
-        chosen = _pairs(library, split, c.source, other) if other != c.source else {}
-        if sum(len(rows) for rows, _ in chosen.values()) >= FEWEST:
-            break
-    else:
-        return None
-    langs, panels, figures = (c.source, other), {}, {}
-    for title, stage in (("before", "embeddings-warmup"), ("after", "embeddings")):
-        vectors = {}
-        for kind, rows in chosen.items():
-            for lang, of in zip(langs, rows, strict=True):
-                name = PASSAGES if kind == PASSAGES else f"queries.{split.topics}"
-                found = encode.gather_rows(encode.shards(recipe.directory / stage / lang, name), of)
-                norms_Nx1 = np.linalg.norm(found, axis=1, keepdims=True)
-                vectors[f"{lang} {kind}"] = found / np.where(norms_Nx1 > 0, norms_Nx1, 1)
-        points = np.split(_tsne(np.concatenate([*vectors.values()]), recipe.config.seed), np.cumsum([len(of) for of in vectors.values()])[:-1])  # fmt: skip
-        panels[title] = dict(zip(vectors, points, strict=True))
-        figures[title] = {kind: _alignment(*(vectors[f"{lang} {kind}"] for lang in langs)) for kind in chosen}
+    panels = {
+        title: alignment.panel(recipe.directory / stage, found, c.seed)
+        for title, stage in (("before", "embeddings-warmup"), ("after", "embeddings"))
+    }
     return {
-        "picture": pictures.translations("translations", panels, langs, list(chosen)),
-        "langs": langs,
+        "picture": alignment.picture("translations", panels, found),
+        "langs": found.langs,
         "split": split.name,
-        "figures": figures,
+        "figures": {title: panel.figures for title, panel in panels.items()},
     }
-
-
-def _pairs(library: Any, split: Split, source: str, other: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """{kind: (rows of one language, rows of the other)} of equal ids: queries of the split, and the passages relevant to
-    them; so many as can be told apart in a picture."""
-    qids = [library.queries(lang, split.topics)[0] for lang in (source, other)]
-    place = {qid: row for row, qid in enumerate(qids[1])}
-    both = [(row, place[qid], qid) for row, qid in enumerate(qids[0]) if qid in place]
-    both = both[:: max(1, len(both) // PAIRS)][:PAIRS]
-    judged, collections = library.qrels(source, split.qrels), [library.collections[library.langs.index(lang)] for lang in (source, other)]  # fmt: skip
-    docids = dict.fromkeys(d for *_, qid in both for d, rel in judged.get(qid, {}).items() if rel > 0)
-    rows_Nx2 = np.stack([collection.rows([*docids]) for collection in collections], axis=1)
-    rows_Nx2 = rows_Nx2[(rows_Nx2 >= 0).all(axis=1)]
-    found = {
-        "queries": tuple(np.array([pair[i] for pair in both], np.int64) for i in (0, 1)),
-        PASSAGES: (rows_Nx2[:, 0], rows_Nx2[:, 1]),
-    }
-    return {kind: rows for kind, rows in found.items() if len(rows[0])}
-
-
-def _alignment(one_NxD: np.ndarray, other_NxD: np.ndarray) -> dict[str, float]:
-    """Mean cosine of translations and of other pairs; the share of each point's ten nearest that is in its own language, of
-    which half would be no preference."""
-    N = len(one_NxD)
-    scores_NxN = one_NxD @ other_NxD.T
-    both_MxD = np.concatenate([one_NxD, other_NxD])
-    near_MxM = both_MxD @ both_MxD.T
-    np.fill_diagonal(near_MxM, -np.inf)
-    nearest_MxK = np.argsort(-near_MxM, axis=1)[:, : min(10, 2 * N - 1)]
-    own = (nearest_MxK >= N) == (np.arange(2 * N) >= N)[:, None]
-    others = (scores_NxN.sum() - np.trace(scores_NxN)) / max(N * (N - 1), 1)
-    return {"translations": float(np.trace(scores_NxN) / N), "others": float(others), "own": float(own.mean())}
 
 
 # ---------------------------------------------------------------------------------------------------------- the manifest

@@ -57,6 +57,11 @@ def run(config: ConfigDict, directory: pathlib.Path, target: str, redo: bool = F
             f"llm.base_url is empty, so there is no {target} stage: the rule filters stand in for it; give the address of an "
             "OpenAI-compatible server, e.g. http://localhost:8000/v1, and its llm.model"
         )
+    if target == "translate" and target not in stages:
+        raise UserError(
+            "distill.translate names no language, or the recipe's objective reads no queries; write such as "
+            "--config configs/kdr_stage1.py --config.distill.translate=ko,ja"
+        )
     if target not in stages:
         raise UserError(
             f"data.root has no training queries and nothing is set to train, so there is no {target} stage; run "

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import tokenizers
 
-from jdmdr import encoders, tokenizer
+from jdmdr import encoders, export, pipeline, tokenizer
 from jdmdr.encoders import vocabulary
 from jdmdr.types import Tokens, UserError
 
@@ -76,6 +76,31 @@ def test_cut_layers_are_the_first_ones(checkpoint):
     assert first.shape == whole.shape and not np.allclose(first, whole)
     with pytest.raises(UserError, match="encoder.layers is 4, but the checkpoint has 3"):
         vocabulary.keep_layers(config, params, 4)
+
+
+def test_a_recipe_builds_such_a_student_from_a_checkpoint_on_disk(finished, tmp_path):
+    """The teacher's body, cut, under a tokenizer that the recipe trains; another English checkpoint stands in for it."""
+    from conftest import tiny_config
+
+    from jdmdr.recipe import Recipe
+
+    old = tmp_path / "old"
+    tokenizer.train_unigram(ENGLISH, 60, old, ("[CLS]", "[SEP]"))
+    size = tokenizer.Tokenizer(old, 32).vocab_size
+    config = encoders.EncoderConfig("transformer", size, 8, layers=3, heads=2, ffn=16, max_positions=128, type_vocab=2)
+    params = encoders.build(config).init(jax.random.key(0))
+    export.export(config, params, old, tmp_path / "teacher", prompts={"query": "", "passage": ""}, max_length=96,
+                  similarity="cosine", card="")  # fmt: skip
+    recipe_config = tiny_config(finished.config.data.root)
+    with recipe_config.unlocked():
+        recipe_config.encoder.name, recipe_config.encoder.new_vocabulary = str(tmp_path / "teacher"), True
+        recipe_config.encoder.layers = 2
+        recipe_config.warmup.steps, recipe_config.warmup.learning_rates = 0, ()
+    directory = tmp_path / "work"
+    pipeline.run(recipe_config, directory, "warmup")
+    made, student = Recipe(recipe_config, directory)._model("warmup")
+    assert made.layers == 2 and made.vocab_size == Recipe(recipe_config, directory).vocab_size > size
+    np.testing.assert_array_equal(student["layer_1"]["ffn_in"]["kernel"], params["layer_1"]["ffn_in"]["kernel"])
 
 
 def test_what_has_no_layers_or_no_special_tokens_is_refused(homes, checkpoint, tmp_path):
