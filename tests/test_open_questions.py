@@ -184,7 +184,7 @@ def test_from_articles_to_figures_across_languages(finished, home, command, tmp_
     own, data, work = finished.library.collections[0], tmp_path / "data", tmp_path / "work"
     passages = [own.passage(row) for row in range(len(own))]
     wiki(tmp_path / "in" / "wiki_00", *((f"{i}", p.title, p.text) for i, p in enumerate(passages)))
-    assert command("jdmdr.cut_passages", tmp_path / "in", "--lang=en", f"--out={data}", f"--tokenizer={home}", "--tokens=40").returncode == 0  # fmt: skip
+    assert command("jdmdr.cut_passages", tmp_path / "in", "--lang=en", f"--out={data}", f"--tokenizer={home}", "--tokens=200").returncode == 0  # fmt: skip
     shown = [(str(i), p, p.text.split(". ")[0]) for i, p in enumerate(passages[:12])]
     rows = [
         {"id": qid, "question": f"{p.title} {answer}", "lang": "sw", "answers": [answer[-12:]]}
@@ -211,7 +211,11 @@ def test_from_articles_to_figures_across_languages(finished, home, command, tmp_
     windows = [json.loads(line)["window"] for line in (data / "answers" / "en.sw-dev.jsonl").read_text().splitlines()]
     there = sum(any(answers.normalised(window) in text for text in whole) for window in windows)
     assert found["counts"]["reachable"] == there >= 6
-    assert found["runs"][str(runs[0])]["Acc@100"] == 1.0 and found["runs"][str(runs[0])]["Acc@1"] > 0.8
+    findable = np.mean([any(answers.normalised(row["answers"][0]) in text for text in whole) for row in rows])
+    assert 0.5 < found["runs"][str(runs[0])]["Acc@1"] <= found["runs"][str(runs[0])]["Acc@100"]
+    assert found["runs"][str(runs[0])]["Acc@100"] == pytest.approx(findable, abs=1e-3), (
+        "an answer that passages cut counts for none"
+    )
     # against a count of its own over the files
     texts = answers.texts_of(runs[1], collection)
     hits = [
