@@ -238,14 +238,16 @@ def measure(arguments: argparse.Namespace) -> None:
 def page(found: Mapping[str, Mapping[int, Any]]) -> str:
     """The tables: directions on both data sets, then languages; means over the seeds, and their spread for L-En."""
     seeds = sorted(next(iter(found.values())))
-    parts = [f"Seeds: {', '.join(map(str, seeds))}; nDCG@10."]
+    parts = [f"Seed {', '.join(map(str, seeds))}; nDCG@10."]
     for data, title in (("tinypedia", "tinypedia, `test`"), ("xquad", "XQuAD-R, `clean`")):
         rows = []
         for name, of in found.items():
             values = {way: [of[seed][data][way] for seed in seeds] for way in DIRECTIONS}
-            spread = f"{min(values['L-En']):.3f} to {max(values['L-En']):.3f}"
-            rows.append([name, *(f"{np.mean(values[way]):.3f}" for way in DIRECTIONS), spread])
-        parts.append(f"**{title}**\n\n" + _table(rows, ["", *DIRECTIONS, "L-En over the seeds"]))
+            spread = [f"{min(values['L-En']):.3f} to {max(values['L-En']):.3f}"] if len(seeds) > 1 else []
+            rows.append([name, *(f"{np.mean(values[way]):.3f}" for way in DIRECTIONS), *spread])
+        parts.append(
+            f"**{title}**\n\n" + _table(rows, ["", *DIRECTIONS, *(["L-En over the seeds"] if len(seeds) > 1 else [])])
+        )
     for key, title in ((("tinypedia", "languages"), "L-En by language, tinypedia `test`"),
                        (("xquad", "languages"), "L-En by language, XQuAD-R `clean`"),
                        (("bitext",), "Accuracy of finding translations, Tatoeba test pairs, mean of both ways")):  # fmt: skip
