@@ -152,13 +152,20 @@ def collectives(text):
 
 
 def compiled(grad_cache, block):
-    """Collectives of the compiled step on the devices there are, and the bytes of the parameters."""
-    blockwise.BLOCK = block
+    """Of a step on the devices there are: the collectives, the bytes of the parameters, loss, gradient norm and accuracy."""
     encoder, mesh = Encoder(), parallel.data_mesh()
     step, start = step_of(encoder, mesh, grad_cache)
     params = encoder.init(jax.random.key(0))
-    text = step.lower(start(params), parallel.put_batch(batch_of(QUERIES), mesh)).compile().as_text()
-    return collectives(text), sum(x.nbytes for x in jax.tree.leaves(params))
+    state, batch = start(params), parallel.put_batch(batch_of(QUERIES), mesh)
+    size = sum(x.nbytes for x in jax.tree.leaves(params))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(blockwise, "BLOCK", block)
+        program = step.lower(state, batch).compile()
+    _, metrics = program(state, batch)
+    return collectives(program.as_text()), size, *(float(metrics[name]) for name in METRICS)
+
+
+METRICS = "loss", "gradient_norm", "accuracy_at_1"
 
 
 @pytest.fixture(scope="module")
@@ -176,7 +183,7 @@ def on_eight(on_devices):
 
 @pytest.mark.parametrize("kind", ["plain", "cached", "cached, in blocks"])
 def test_devices_send_each_other_what_the_formula_says(on_eight, kind):
-    found, parameters = on_eight[kind]
+    found, parameters, *_ = on_eight[kind]
     # of n devices in a ring each sends (n - 1) / n of the bytes; what stands in a loop goes round n - 1 times
     times = {"all-gather": 7 / 8, "all-reduce": 2 * 7 / 8, "collective-permute": 1}
     assert all(name == "collective-permute" for name, _, looped in found if looped), (
@@ -185,3 +192,9 @@ def test_devices_send_each_other_what_the_formula_says(on_eight, kind):
     sent = sum(times[name] * size * (7 if looped else 1) for name, size, looped in found)
     formula = sum(sent_bytes(parameters, QUERIES, QUERIES * P, WIDTH, 8, in_blocks="blocks" in kind).values())
     assert formula <= sent < formula + 100, "beside it a few sums for the metrics"
+
+
+def test_all_kinds_of_steps_agree_with_one_device(on_eight):
+    one = compiled(0, 2**22)[2:]
+    for kind, found in on_eight.items():
+        assert found[2:] == pytest.approx(one, rel=1e-5), kind
