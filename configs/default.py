@@ -20,6 +20,12 @@ def get_config():
     c.name = "dmdr"  # the trained system's name in metrics, runs and the model card
     c.seed = 0  # root of every random choice
 
+    c.parallel = ConfigDict()  # how a run lies on its devices and processes (docs/launch.md); changes no result
+    c.parallel.fsdp = 1  # devices that parameters and optimiser state are split over; 1: each device holds all of them
+    c.parallel.rules = (("", "fsdp"),)  # (regex on the parameter's path, replicate | fsdp), ...: first match wins
+    c.parallel.heartbeat = 100  # seconds without a sign of life after which a process is given up, and the run stops
+    c.parallel.stall = 900  # seconds that a training step may take before the stacks of all threads are printed; 0: off
+
     c.data = ConfigDict()
     c.data.root = TINYPEDIA  # directory with corpus/, topics/, qrels/ and perhaps train/ (docs/data.md)
     c.data.langs = ""  # comma-separated; empty: all that are found

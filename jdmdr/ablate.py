@@ -20,7 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from jdmdr import cli, progress, scores, significance, workdir
+from jdmdr import cli, processes, progress, scores, significance, workdir
 from jdmdr.metrics import AVERAGE
 from jdmdr.types import UserError
 
@@ -67,6 +67,13 @@ def ablate(config: ConfigDict, directory: pathlib.Path, flags: Any) -> None:
         progress.say(f"[{number}/{len(cells)}] {row.name}, seed {seed}")
         target = "export" if row.name in starts else "evaluate"
         run_cell(configs[row.slug, seed], directory / "cells", cell_name(row, seed), target)
+    if processes.leads():
+        _write(rows, running, settings, config, directory)
+
+
+def _write(
+    rows: Sequence[Row], running: Sequence[Row], settings: ConfigDict, config: ConfigDict, directory: pathlib.Path
+) -> None:
     found = results(rows, running, settings.seeds, settings.reference, config.name, directory / "cells")
     workdir.write_json(directory / "ablation.json", found)
     workdir.write_text(directory / "ablation.md", page(found, "github"))
@@ -139,7 +146,7 @@ def run_cell(config: ConfigDict, cells: pathlib.Path, name: str, target: str) ->
             raise UserError("data.root has no training queries and nothing is set to train, so all rows would be one")
         donors = sorted(path for path in cells.iterdir() if path.is_dir() and path != directory)
         for stage in needed(stages, target):
-            workdir.adopt(stages[stage], directory, donors)
+            processes.from_first(lambda stage=stage: workdir.adopt(stages[stage], directory, donors))
             workdir.bring_up_to_date(stages[stage], directory, True, lambda line: None)
 
 

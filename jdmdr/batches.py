@@ -172,8 +172,11 @@ def make_batch(
     seed: int,
     shapes: BatchShapes,
     weights: Weights,
+    own: fixed.OwnRows | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """The global batch of a step and figures to log about it; a pure function, NumPy only.
+
+    Every process plans the whole batch; of its tokens it reads the rows that `own` names (`shapes.Side.pack`).
 
     Returns:
       queries, passages: `Chunks` or `Packed` of B queries and N = B * P passages, in plan order (row i * P is query i's
@@ -199,12 +202,12 @@ def make_batch(
     first_N = np.zeros(len(rows_N), bool)
     first_N[np.unique(ids_N, return_index=True)[1]] = True
 
-    profile = fixed.cheapest(
-        shapes.profiles, training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N), shapes.sides
-    )
+    lengths = training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N)
+    profile = fixed.cheapest(shapes.profiles, *lengths, shapes.sides)
     query_side, passage_side = shapes.sides
-    queries = query_side.pack(training_set.queries, plan.index_B, profile.query_widths)
-    passages = passage_side.pack(training_set.passages, rows_N, profile.passage_widths)
+    queries = query_side.pack(training_set.queries, plan.index_B, profile.query_widths, own)
+    passages = passage_side.pack(training_set.passages, rows_N, profile.passage_widths, own)
+    tokens = sum(int(np.minimum(of, side.max_length).sum()) for of, side in zip(lengths, shapes.sides, strict=True))
     batch = {
         "queries": queries,
         "passages": passages,
@@ -223,7 +226,7 @@ def make_batch(
         batch["teacher_p_NxE"] = training_set.taught.passages(rows_N)
         if training_set.taught.queries:
             batch["teacher_q_BxE"] = training_set.taught.queries(plan.index_B)
-    figures = {"epoch": plan.epoch, "lang": plan.lang, "padding_share": fixed.padding_share(queries, passages)}
+    figures = {"epoch": plan.epoch, "lang": plan.lang, "padding_share": fixed.padding_share(tokens, queries, passages)}
     return batch, figures
 
 

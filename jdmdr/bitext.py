@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 from tabulate import tabulate
 
-from jdmdr import cli, progress
+from jdmdr import cli, processes, progress
 from jdmdr.metrics import AVERAGE, macro_average
 from jdmdr.reading import bad_line, lines
 from jdmdr.scores import rounded
@@ -112,7 +112,7 @@ def open_encoder(config: ConfigDict, directory: pathlib.Path, name: str, scratch
         source, as_in = retrievers.words(spec, section)
         tokenizer.copy_pretrained(source, home, as_in or config.tokenizer.as_in)
     words = tokenizer.Tokenizer(home, section.query_length, section.query_prompt)
-    mesh = parallel.data_mesh()
+    mesh = parallel.own_mesh()
     if name in STAGES:
         encoder_config, params = models.load(directory / name)
         if name == "train" and config.encode.dimensions:
@@ -166,12 +166,16 @@ def _command(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValu
     if not values.data:
         raise UserError("--data is missing; name a file of sentence TAB translation, or a directory of NAME.SPLIT.tsv")
     data = find(pathlib.Path(values.data), values.split)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".bitext-") as scratch:
-        found = evaluate(data, *open_encoder(config, directory, values.encoder, pathlib.Path(scratch)))
-    write_json(
-        directory / "bitext.json", {"encoder": values.encoder, "split": values.split, "accuracy": rounded(found)}
-    )
-    print(table(found))
+
+    def measure() -> None:
+        with tempfile.TemporaryDirectory(dir=directory, prefix=".bitext-") as scratch:
+            found = evaluate(data, *open_encoder(config, directory, values.encoder, pathlib.Path(scratch)))
+        write_json(
+            directory / "bitext.json", {"encoder": values.encoder, "split": values.split, "accuracy": rounded(found)}
+        )
+        print(table(found))
+
+    processes.from_first(measure)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,21 @@
 """Orbax checkpoints of a training run: state, data position and the promise it was made under; the best and the latest.
 
-Saves are asynchronous and appear by an atomic rename; a half-written one is never seen.
+Saves are asynchronous and appear by an atomic rename; a half-written one is never seen. All processes of a run save and
+restore together, each what lies on its devices; what is restored may lie otherwise, on more or fewer devices and processes.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import time
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from jdmdr import processes
 from jdmdr.types import UserError
 
 UNMEASURED = -1.0  # the validation score of a checkpoint that was saved between two validations
@@ -21,6 +24,16 @@ UNMEASURED = -1.0  # the validation score of a checkpoint that was saved between
 def _rank(metrics: dict[str, float]) -> tuple[float, float]:
     """Best by validation score; among equals the latest, which has seen the most."""
     return metrics["score"], metrics["step"]
+
+
+def together() -> ocp.options.MultiprocessingOptions:
+    """Which processes save and restore together: those of the run, or the one that works alone."""
+    own = processes.index()
+    if processes.count() > 1 or jax.process_count() == 1:
+        return ocp.options.MultiprocessingOptions()
+    return ocp.options.MultiprocessingOptions(
+        primary_host=own, active_processes={own}, barrier_sync_key_prefix=f"alone{own}"
+    )
 
 
 class Checkpoints:
@@ -33,6 +46,7 @@ class Checkpoints:
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
+            multiprocessing_options=together(),
         )
         self._directory = directory
         try:
@@ -42,18 +56,20 @@ class Checkpoints:
                 next(filter(_has_damaged_score, sorted(directory.iterdir())), directory), error
             ) from error
 
-    def save(self, step: int, state: Any, score: float) -> None:
+    def save(self, step: int, state: Any, score: float) -> float:
         """Starts saving; `score` is the validation score, UNMEASURED between validations. Raises what an earlier save
-        ran into."""
+        ran into. Returns the seconds that the devices had to wait."""
+        began = time.monotonic()
         self._manager.check_for_errors()
         if step in self._manager.all_steps():
-            return
+            return 0.0
         self._manager.save(
             step,
             args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave({"next_step": step})),
             metrics={"score": float(score), "step": float(step)},
             force=True,
         )
+        return time.monotonic() - began
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

@@ -18,15 +18,15 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jdmdr import progress
+from jdmdr import processes, progress
 from jdmdr.types import UserError
 
-EXIT_USER_ERROR, EXIT_INTERRUPTED, EXIT_TERMINATED = 2, 130, 143
+EXIT_FAULT, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 # XLA's CPU backend frees its buffers at every step, and the kernel hands them out again page by page; one arena that is
@@ -51,8 +51,9 @@ def run(
 
     A command that does not write needs no working directory; None stands for it where none is named.
 
-    Exit codes: 0 done; 2 a mistake of the user's, told in one sentence; 130 Ctrl-C; 143 SIGTERM. After either of the last
-    two the same command goes on where it was.
+    Exit codes: 0 done; 2 a mistake of the user's, told in one sentence; 3 another process is gone; 130 Ctrl-C; 143 SIGTERM.
+    After any of the last three the same command goes on where it was. Of several processes those that hear of another's end
+    take over its code.
     """
     restart_with_malloc_settings()
     signal.signal(signal.SIGTERM, _terminate)
@@ -64,6 +65,8 @@ def run(
             os._exit(0)
         config = _parse(values, writes)
         logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of what it raises again
+        if writes:
+            processes.start(values.coordinator, values.processes, values.process, config.parallel.heartbeat)
         from jdmdr import workdir  # after --help, which should not wait for heavy imports
 
         directory = pathlib.Path(values.workdir) if values.workdir else None
@@ -72,18 +75,20 @@ def run(
     except UserError as error:
         _fail(str(error))
     except Exception as error:
-        if not _disk_is_full(error):
-            raise
-        _fail(f"the disk of --workdir {directory} is full; free some space and run the same command again: nothing "
-              "finished is lost")  # fmt: skip
+        if _disk_is_full(error):
+            _fail(f"the disk of --workdir {directory} is full; free some space and run the same command again: nothing "
+                  "finished is lost")  # fmt: skip
+        if processes.lost(error):
+            _end(f"error: another process of the run is gone ({' '.join(str(error).split())[:120]}); start all of them again, "
+                 "and the same command goes on from here", EXIT_LOST)  # fmt: skip
+        traceback.print_exc()
+        processes.leave(EXIT_FAULT)
     except KeyboardInterrupt:
-        progress.close_bars()
-        print("stopped by Ctrl-C; the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+        _end("stopped by Ctrl-C; the same command goes on from here", EXIT_INTERRUPTED)
     except Terminated:
-        progress.close_bars()
-        print("stopped by SIGTERM; the same command goes on from here", file=sys.stderr)
-        sys.exit(EXIT_TERMINATED)
+        _end("stopped by SIGTERM; the same command goes on from here", EXIT_TERMINATED)
+    except processes.Stopped as error:
+        _end(str(error), error.code)
 
 
 def run_tool(command: Callable[[list[str], flags.FlagValues], int], doc: str) -> None:
@@ -126,10 +131,14 @@ def _disk_is_full(error: BaseException | None) -> bool:
     return False
 
 
-def _fail(sentence: str) -> None:
+def _fail(sentence: str) -> NoReturn:
+    _end(f"error: {sentence}", EXIT_USER_ERROR)
+
+
+def _end(sentence: str, code: int) -> NoReturn:
     progress.close_bars()
-    print(f"error: {sentence}", file=sys.stderr)
-    sys.exit(EXIT_USER_ERROR)
+    print(sentence, file=sys.stderr)
+    processes.leave(code)
 
 
 def _terminate(signum, frame):
@@ -148,6 +157,9 @@ def _flags() -> flags.FlagValues:
     )
     flags.DEFINE_string("workdir", None, "The directory that everything is written to.")
     flags.DEFINE_boolean("redo", False, "Train again even where a model trained with other settings is in the way.")
+    flags.DEFINE_string("coordinator", "", "HOST:PORT of process 0, where no cluster tells it.")
+    flags.DEFINE_integer("processes", None, "How many processes run this command.", lower_bound=1)
+    flags.DEFINE_integer("process", None, "Which of them this is, from 0.", lower_bound=0)
     return values
 
 
@@ -254,6 +266,8 @@ def _help(doc: str) -> str:
         "  --workdir DIR           where everything is written; a second run goes on from what is there",
         "  --config.KEY=VALUE      sets a key of the recipe, e.g. --config.data.root=DIR --config.data.langs=ar,ko",
         "  --redo                  train again where a model trained with other settings is in the way",
+        "  --coordinator HOST:PORT --processes N --process I",
+        "                          this is process I of N that run the command together (docs/launch.md)",
     ]
     if keys.is_file():
         body = keys.read_text(encoding="utf-8").partition("def get_config")[2]

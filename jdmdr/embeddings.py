@@ -55,7 +55,7 @@ def take(
     source: pathlib.Path, own: pathlib.Path, langs: Sequence[str], collections: Sequence[Collection],
     made_by: Mapping[str, Any], out_dir: pathlib.Path,
 ) -> None:  # fmt: skip
-    """Puts the vectors at `source` into `out_dir`, as `encode.encode_rows` would have left them.
+    """Puts the vectors at `source` into `out_dir`, as `encode.encode_shard` would have left them.
 
     Args:
       own: this working directory, whose corpus the vectors must be of.

@@ -12,7 +12,7 @@ import functools
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -48,7 +48,10 @@ def _compiled_packed(encoder: Any) -> Callable:
 
 
 class InBlocks:
-    """Applies an encoder to any number of token sequences, in length order and in blocks of a few fixed shapes."""
+    """Applies an encoder to any number of token sequences, in length order and in blocks of a few fixed shapes.
+
+    Over a mesh of several processes all of them ask for the same rows, and all get the whole result.
+    """
 
     def __init__(self, encoder: Any, mesh: jax.sharding.Mesh, max_length: int):
         self._mesh = mesh
@@ -75,13 +78,12 @@ class InBlocks:
             tokens = source.gather(rows[positions], width)
             missing = ((0, size - len(positions)), (0, 0))
             padded = jax.tree.map(functools.partial(np.pad, pad_width=missing), tokens)
-            out = self._apply(params, parallel.put_batch(padded, self._mesh))
-            parts.append(out[: len(positions)])
+            parts.append(self._apply(params, parallel.put_batch(padded, self._mesh)))
             places.append(positions)
         if not parts:
             shape = jax.eval_shape(self._apply, params, Tokens(*(np.zeros((1, 1), np.int32),) * 2)).shape
             return np.zeros((0, *shape[1:]), np.float32)
-        found = np.concatenate([np.asarray(part) for part in parts])
+        found = np.concatenate([parallel.to_host(part)[: len(of)] for part, of in zip(parts, places, strict=True)])
         out = np.empty_like(found)
         out[np.concatenate(places)] = found
         return out
@@ -107,7 +109,7 @@ class Embedder(InBlocks):
         for block in blocks:
             packed = self._side.pack(source, rows[block], (int(width),))
             parts.append(self._embed_packed(tower, parallel.put_batch(packed, self._mesh)))
-        found = np.concatenate([np.asarray(part) for part in parts])
+        found = np.concatenate([parallel.to_host(part) for part in parts])
         out = np.empty((len(rows), found.shape[1]), np.float32)
         out[np.concatenate(blocks)] = found
         return out
@@ -133,23 +135,30 @@ def embed_texts(embedder: Embedder, params: Any, tokenizer: Tokenizer, texts: Se
         return embedder.embed(params, store, np.arange(len(texts)))
 
 
-def encode_rows(
-    embedder: Embedder, params: Any, source: Any, first: int, count: int, directory: pathlib.Path, name: str,
-    shard_rows: int, dtype: str, bar: Any,
-) -> int:  # fmt: skip
-    """Encodes rows [first, first + count) of `source` into `directory/name-00000.npy` and so on; returns how many shards
-    were encoded now (those already there stay)."""
-    encoded = 0
-    for shard, start in enumerate(range(0, max(count, 1), shard_rows)):
-        path = directory / f"{name}-{shard:05d}.npy"
-        rows = np.arange(first + start, first + min(start + shard_rows, count), dtype=np.int64)
-        if not path.exists():
-            vectors = embedder.embed(params, source, rows)
-            with atomic(path) as temporary, open(temporary, "wb") as handle:
-                np.save(handle, vectors.astype(dtype))
-            encoded += 1
-        bar.update(len(rows))
-    return encoded
+class Shard(NamedTuple):
+    """A range of rows of a token source, and the file of their embeddings."""
+
+    path: pathlib.Path
+    rows: range
+
+
+def shards_of(first: int, stop: int, directory: pathlib.Path, name: str, shard_rows: int) -> list[Shard]:
+    """Rows [first, stop) as `directory/name-00000.npy` and so on; no rows are one empty shard."""
+    starts = range(first, max(stop, first + 1), shard_rows)
+    return [
+        Shard(directory / f"{name}-{number:05d}.npy", range(start, min(start + shard_rows, stop)))
+        for number, start in enumerate(starts)
+    ]
+
+
+def encode_shard(embedder: Embedder, params: Any, source: Any, shard: Shard, dtype: str) -> bool:
+    """Encodes the shard unless it is there already; returns whether it did."""
+    if shard.path.exists():
+        return False
+    vectors = embedder.embed(params, source, np.array(shard.rows, np.int64))
+    with atomic(shard.path) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, vectors.astype(dtype))
+    return True
 
 
 def shards(directory: pathlib.Path, name: str) -> Sequence[np.ndarray]:

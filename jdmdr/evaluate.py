@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from jdmdr import metrics, progress, scores
+from jdmdr import metrics, processes, progress, scores
 from jdmdr.index.fusion import choose_weight, fuse
 from jdmdr.language_bias import average, language_bias
 from jdmdr.library import TRAIN, Library, TrainingQuery, docid_lookup
@@ -40,29 +40,29 @@ def evaluate(
     Writes `SPLIT.SYSTEM.LANG.trec`, `SPLIT.LANG.qrels`, the tables of `scores.write`, and for the splits over several
     languages `language_bias.json`. Languages without judged queries are left out of the averages; a split whose judgments
     are `none` has runs alone. A language of a split
-    whose runs are all there is not searched again.
+    whose runs are all there is not searched again. Several processes divide the searches; the first does the rest.
     """
-    weight = _hybrid_weight(library, training, systems[-1], retrievers, config)
+    weight = processes.from_first(lambda: _hybrid_weight(library, training, systems[-1], retrievers, config))
     names = (*systems, HYBRID)
     more = metrics.parse_measures(config.measures)
     found: dict[str, scores.Scores] = {}
     bias: dict[str, Any] = {}
-    work = [(split, lang) for split in splits for lang in library.langs]
-    left_out = set()
-    for split, lang in progress.bar(work, "  searching", "language splits"):
-        target = Target(library, lang, split)
-        if not target.langs:
-            continue
-        if not target.qrels:
-            left_out.add(f"{lang} has no judged {split.name} query")
-            continue
-        paths = {name: out_dir / f"{split.name}.{name}.{lang}.trec" for name in names}
-        if all(path.exists() for path in paths.values()):
-            runs = {name: metrics.read_run(path) for name, path in paths.items()}
-        else:
-            runs = _search(library, target, systems, retrievers, config, weight, paths)
+    everything = [Target(library, lang, split) for split in splits for lang in library.langs]
+    work = [target for target in everything if target.langs and target.qrels]
+
+    def paths_of(target: Target) -> dict[str, pathlib.Path]:
+        return {name: out_dir / f"{target.split.name}.{name}.{target.lang}.trec" for name in names}
+
+    for target in processes.claimed(progress.bar(work, "  searching", "language splits")):
+        if not all(path.exists() for path in paths_of(target).values()):
+            _search(library, target, systems, retrievers, config, weight, paths_of(target))
+    if not processes.leads():
+        return {}
+    for target in work:
+        split, lang = target.split, target.lang
         if split.qrels == NONE:
             continue
+        runs = {name: metrics.read_run(path) for name, path in paths_of(target).items()}
         metrics.write_qrels(out_dir / scores.qrels_file(split.name, lang), target.qrels)
         found.setdefault(split.name, scores.Scores(more)).add(lang, target.qrels, runs)
         if split.corpus in POOLED:
@@ -70,7 +70,8 @@ def evaluate(
                 bias.setdefault(split.name, {}).setdefault(name, {})[lang] = figures
     if not found and all(split.qrels != NONE for split in splits):
         progress.say("  nothing to evaluate: no split but train has both topics and qrels (topics/{lang}.{split}.tsv)")
-    for line in sorted(left_out):
+    unjudged = {f"{t.lang} has no judged {t.split.name} query" for t in everything if t.langs and not t.qrels}
+    for line in sorted(unjudged):
         progress.say(f"  {line}: left out")
     scores.write(found, out_dir, seed, config.bootstrap)
     if bias:
@@ -85,8 +86,8 @@ def evaluate(
 def _search(
     library: Library, target: Target, systems: Sequence[str], retrievers: Retrievers, config: Any, weight: float,
     paths: dict[str, pathlib.Path],
-) -> dict[str, Run]:  # fmt: skip
-    """The runs of all systems and of the hybrid for one language of a split, which it writes."""
+) -> None:  # fmt: skip
+    """Writes the runs of all systems and of the hybrid for one language of a split."""
     split, lang = target.split, target.lang
     qids, _ = library.queries(lang, split.topics)
     rows = np.array([row for row, qid in enumerate(qids) if qid in target.qrels], np.int64)
@@ -97,7 +98,6 @@ def _search(
     asked = [qids[row] for row in rows]
     for name, found in hits.items():
         metrics.write_run(paths[name], asked, found, docid, name)
-    return {name: as_run(asked, found, docid) for name, found in hits.items()}
 
 
 def _bias(target: Target, runs: dict[str, Run], depth: int) -> dict[str, Any]:

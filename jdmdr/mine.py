@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from jdmdr import metrics, retrievers
+from jdmdr import metrics, processes, retrievers
 from jdmdr.corpus import Collection
 from jdmdr.index.fusion import concat_vectors, fuse, inverse_sigma_weights
 from jdmdr.library import Library, TrainingQuery, docid_lookup, used_in_training
@@ -169,10 +169,10 @@ def mine(
         )
     weights = config.weights
     if config.fusion == CONCAT and not weights:
-        samples = [_cosines(open_ensemble(library.langs[index]), rows[:SIGMA_QUERIES]) for index, _, rows in work]
-        weights = [float(w) for w in inverse_sigma_weights([np.concatenate(of) for of in zip(*samples, strict=True)])]
-    counts: dict[str, Any] = {}
-    for index, queries, rows in work:
+        weights = processes.from_first(lambda: _sigma_weights(library, work, open_ensemble))
+    names = [spec.name for spec in retrievers.parse(config.retrievers)]
+    weights = weights or [1.0] * len(names)
+    for index, queries, rows in processes.claimed(work):
         lang, collection = library.langs[index], library.collections[index]
         ensemble = open_ensemble(lang)
         with tempfile.TemporaryDirectory(prefix=".concat.", dir=out_dir) as scratch:
@@ -182,13 +182,14 @@ def mine(
                 joined = concat_vectors([v.queries_QxD for v in vectors], weights)
                 passages = concatenated([v.blocks for v in vectors], weights, pathlib.Path(scratch) / "passages.npy")
                 both = search_vectors(Vectors(joined, [passages]))
-            mined = mine_language(
-                queries, rows, int(library.bases[index]), ensemble, config, weights or [1.0] * len(ensemble), collection,
-                lang, out_dir, both,
+            mine_language(
+                queries, rows, int(library.bases[index]), ensemble, config, weights, collection, lang, out_dir, both,
             )  # fmt: skip
-        counts[lang] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
-    names = list(open_ensemble(library.langs[work[0][0]]))
-    return {"languages": counts, "weights": dict(zip(names, weights or [1.0] * len(names), strict=True))}
+    counts = {}
+    for index, queries, _ in work:
+        mined = read_mined(out_dir, library.langs[index], [])
+        counts[library.langs[index]] = {"queries": len(queries), "candidates": int((mined.rows_QxK != NO_HIT).sum())}
+    return {"languages": counts, "weights": dict(zip(names, weights, strict=True))}
 
 
 def _work(library: Library, training: Sequence[TrainingQuery]) -> list[tuple[int, list[TrainingQuery], np.ndarray]]:
@@ -201,6 +202,11 @@ def _work(library: Library, training: Sequence[TrainingQuery]) -> list[tuple[int
             out.append((index, queries, np.array([q.row - first_row for q in queries])))
         first_row += len(library.queries(lang, "train")[0])
     return out
+
+
+def _sigma_weights(library: Library, work: Sequence[tuple], open_ensemble: Open) -> list[float]:
+    samples = [_cosines(open_ensemble(library.langs[index]), rows[:SIGMA_QUERIES]) for index, _, rows in work]
+    return [float(w) for w in inverse_sigma_weights([np.concatenate(of) for of in zip(*samples, strict=True)])]
 
 
 def _cosines(ensemble: Mapping[str, Retriever], rows: np.ndarray) -> list[np.ndarray]:

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from jdmdr import expand, judge, llm, mine, negatives, pairs, pipeline, requery, retrievers, tokenizer
+from jdmdr import expand, judge, llm, mine, negatives, pairs, pipeline, processes, requery, retrievers, tokenizer
 from jdmdr.filters import cross_encoder
 from jdmdr.library import TRAIN
 from jdmdr.llm import estimate, generate, prompts
@@ -35,9 +35,9 @@ class MiningStages(Workspace):
         return [
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
             Stage("mine", self.mine, {**mined, **split},
-                  ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere)),
+                  ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere), shared=True),
             *([Stage("cross_encoder", self.score_candidates, {**plain["cross_encoder"], "dtype": c.encoder.dtype, **split},
-                     ("corpus", "mine"))] if c.cross_encoder.name else []),
+                     ("corpus", "mine"), shared=True)] if c.cross_encoder.name else []),
             *(self._llm_stages(ensemble, needed, crossed, split) if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool,
@@ -54,15 +54,17 @@ class MiningStages(Workspace):
         stored = {"dtype": c.encode.dtype, "shard_rows": c.encode.shard_rows, "dtype_of_matmuls": c.encoder.dtype}
         tokens = f"tokens-{spec.name}"
         return [
-            Stage(tokens, functools.partial(self.tokenize_for, spec), source, ("corpus",)),
-            Stage(f"embeddings-{spec.name}", functools.partial(self.embed_with, spec), stored, (tokens,)),
+            Stage(tokens, functools.partial(self.tokenize_for, spec), source, ("corpus",), shared=True),
+            Stage(f"embeddings-{spec.name}", functools.partial(self.embed_with, spec), stored, (tokens,), shared=True),
         ]
 
     def tokenize_for(self, spec: retrievers.Spec, out_dir: pathlib.Path) -> dict[str, Any]:
         section = retrievers.encoder_section(spec, self.config.encoder)
         home = out_dir / "tokenizer"
         name, as_in = retrievers.words(spec, section)
-        tokenizer.copy_pretrained(name, home, as_in)
+        if processes.leads():
+            tokenizer.copy_pretrained(name, home, as_in)
+        processes.barrier()
         self._tokenize(
             lambda side: Tokenizer(home, section[f"{side}_length"], section[f"{side}_prompt"]), self._mined_langs(), [TRAIN],
             out_dir,
@@ -75,7 +77,7 @@ class MiningStages(Workspace):
 
     def mine(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config.mine
-        search = functools.partial(retrievers.dense, index=c.index, factory=c.factory, mesh=self.mesh)
+        search = functools.partial(retrievers.dense, index=c.index, factory=c.factory, mesh=self.own_mesh)
 
         @functools.cache
         def open_ensemble(lang: str) -> dict[str, retrievers.Retriever]:
@@ -85,7 +87,7 @@ class MiningStages(Workspace):
 
     def score_candidates(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
-        scorer = pairs.Scorer(c.cross_encoder, c.encoder.dtype, self.mesh)
+        scorer = pairs.Scorer(c.cross_encoder, c.encoder.dtype, self.own_mesh)
         return cross_encoder.score(
             self.library, self.training, self.directory / "mine", scorer, c.cross_encoder.depth, out_dir
         )

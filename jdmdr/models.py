@@ -14,7 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 
-from jdmdr import encoders
+from jdmdr import checkpoint, encoders, parallel, processes
 from jdmdr.encoders import huggingface, pretrained, static, vocabulary
 from jdmdr.encoders.lengthen import lengthen
 from jdmdr.optim import named_leaves
@@ -113,20 +113,26 @@ def _idf(passages: TokenStore, vocab_size: int) -> np.ndarray:
 
 
 def save(directory: pathlib.Path, config: encoders.EncoderConfig, params: Any) -> str:
-    """Writes the encoder to `directory`; returns the fingerprint of its parameters."""
-    params = jax.device_get(params)
-    target = (directory / PARAMETERS).resolve()
-    for stale in directory.glob(f"{PARAMETERS}*"):  # a killed run's half-written ones too
-        shutil.rmtree(stale)
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(target, params)
-    write_json(directory / "encoder.json", config.to_dict())
+    """Writes the encoder to `directory`; returns the fingerprint of its parameters.
+
+    Of several processes, which all call it, the first writes.
+    """
+    params = parallel.to_host(params)
+    if processes.leads():
+        target = (directory / PARAMETERS).resolve()
+        for stale in directory.glob(f"{PARAMETERS}*"):  # a killed run's half-written ones too
+            shutil.rmtree(stale)
+        with _checkpointer() as checkpointer:
+            checkpointer.save(target, params)
+        write_json(directory / "encoder.json", config.to_dict())
     return fingerprint(params)
 
 
 def save_tree(path: pathlib.Path, tree: Any) -> None:
-    """Writes arrays in nested dicts to one safetensors file."""
-    huggingface.save_tensors({name: np.asarray(leaf) for name, leaf in named_leaves(jax.device_get(tree))}, path)
+    """Writes arrays in nested dicts to one safetensors file; of several processes, which all call it, the first does."""
+    tree = parallel.to_host(tree)
+    if processes.leads():
+        huggingface.save_tensors(dict(named_leaves(tree)), path)
 
 
 def load_tree(path: pathlib.Path) -> Any:
@@ -134,24 +140,29 @@ def load_tree(path: pathlib.Path) -> Any:
     return huggingface.nest({name: jnp.array(leaf) for name, leaf in safetensors.numpy.load_file(path).items()})
 
 
+def _checkpointer() -> ocp.StandardCheckpointer:
+    with processes.alone():
+        return ocp.StandardCheckpointer(multiprocessing_options=checkpoint.together())
+
+
 def fingerprint(params: Any) -> str:
     """SHA-256 of parameters, by name, shape and bytes."""
     digest = hashlib.sha256()
-    for name, leaf in named_leaves(jax.device_get(params)):
+    for name, leaf in named_leaves(parallel.to_host(params)):
         digest.update(f"{name} {leaf.shape} {leaf.dtype}\n".encode())
         digest.update(np.ascontiguousarray(leaf).tobytes())
     return digest.hexdigest()
 
 
 def load(directory: pathlib.Path) -> tuple[encoders.EncoderConfig, Any]:
-    """Reads what `save` wrote, onto the first device; the parameters may have been saved on any number of devices."""
+    """Reads what `save` wrote, onto the devices of this process; it may have been saved on any number of devices."""
     config = encoders.EncoderConfig.from_dict(read_json(directory / "encoder.json"))
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    everywhere = parallel.replicated(parallel.own_mesh())
     shapes = jax.eval_shape(encoders.build(config).init, jax.random.key(0))
-    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device), shapes)
+    target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), shapes)
     path = (directory / PARAMETERS).resolve()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _checkpointer() as checkpointer:
             return config, checkpointer.restore(path, target)
     except Exception as error:  # orbax and tensorstore raise many kinds; all mean the same to the user
         reason = " ".join(str(error).split())[:160]

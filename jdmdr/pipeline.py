@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from jdmdr import cli, progress, workdir
+from jdmdr import cli, processes, progress, workdir
 from jdmdr.types import UserError
 from jdmdr.workdir import Stage
 
@@ -37,10 +37,12 @@ def command(
 
     def bring(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
         if plan and values.dry_run:
-            print(plan(run(config, directory, target, values.redo, itself=False)))
+            recipe = run(config, directory, target, values.redo, itself=False)
+            if processes.leads():
+                print(plan(recipe))
             return
         run(config, directory, target, values.redo)
-        if show:
+        if show and processes.leads():
             show(directory / target)
 
     cli.run(bring, doc)
@@ -113,7 +115,8 @@ def run_and_print(config: ConfigDict, directory: pathlib.Path, flags: Any) -> No
     from jdmdr import report
 
     run(config, directory, "report", flags.redo)
-    report.publish(config.name, directory)
+    if processes.leads():
+        report.publish(config.name, directory)
 
 
 if __name__ == "__main__":

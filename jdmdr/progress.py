@@ -7,18 +7,21 @@ from collections.abc import Iterable
 
 import tqdm
 
+from jdmdr import processes
+
 
 def bar(iterable: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm.tqdm:
     """A bar on stderr; in a log file it prints a line every 30 seconds at most."""
     interactive = sys.stderr.isatty()
     return tqdm.tqdm(iterable, desc=f"{what:<18}", unit=f" {unit}", total=total, initial=initial, dynamic_ncols=interactive,
                      mininterval=0.2 if interactive else 30, maxinterval=1 if interactive else 60,
-                     ascii=None if interactive else True, leave=True)  # fmt: skip
+                     ascii=None if interactive else True, leave=True, disable=not processes.leads())  # fmt: skip
 
 
 def say(line: str) -> None:
-    """Prints a line without breaking a bar."""
-    tqdm.tqdm.write(line, file=sys.stderr)
+    """Prints a line without breaking a bar; of several processes the first speaks."""
+    if processes.leads():
+        tqdm.tqdm.write(line, file=sys.stderr)
 
 
 def close_bars() -> None:

@@ -29,7 +29,9 @@ from jdmdr import (
     models,
     negatives,
     objectives,
+    parallel,
     pipeline,
+    processes,
     progress,
     report,
     section_pairs,
@@ -89,31 +91,31 @@ class Recipe(MiningStages, TeachingStages):
                    *([] if distilling else ["topics"]), *(stage.name for stage in teaching)]  # fmt: skip
         given = embeddings.files(pathlib.Path(c.encode.passages), sorted(self.files)) if c.encode.passages else ()
         every = [
-            Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw)),
+            Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw), shared=True),
             *[stage for stage in teaching if stage.name == "bitext"],
             Stage("tokenizer", self.make_tokenizer,
                   {"encoder": c.encoder.name, "new": c.encoder.new_vocabulary, **plain["tokenizer"]}, ("corpus", *read)),
-            Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer")),
+            Stage("tokens", self.tokenize, lengths, ("corpus", "tokenizer"), shared=True),
             *[Stage(name, self.make_cloze, {"per_lang": c.data.cloze_per_lang, "seed": c.seed, **lengths},
-                    ("corpus", "tokenizer")) for name in {*cloze["warmup"], *cloze["train"]} & {"cloze"}],
+                    ("corpus", "tokenizer"), shared=True) for name in {*cloze["warmup"], *cloze["train"]} & {"cloze"}],
             *([weak] if "weak" in {*cloze["warmup"], *cloze["train"]} else []),
             Stage("warmup", self.warm_up, {"encoder": plain["encoder"], "warmup": plain["warmup"], **split},
-                  ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True),
-            Stage("bm25", self.index_bm25, {}, ("corpus",)),
+                  ("corpus", "tokens", *cloze["warmup"]), volatile=VOLATILE, precious=True, shared=True),
+            Stage("bm25", self.index_bm25, {}, ("corpus",), shared=True),
             *([Stage("bm25-pool", self.index_bm25_pool, {}, ("corpus",))] if pooled else []),
-            Stage("embeddings-warmup", self.embed_first, stored, ("corpus", "tokens", "warmup"), given),
+            Stage("embeddings-warmup", self.embed_first, stored, ("corpus", "tokens", "warmup"), given, shared=True),
             *mining,
             *[stage for stage in teaching if stage.name != "bitext"],
             *([] if distilling else [Stage("topics", self.label_topics, {**plain["topics"], **split},
                   ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics))]),
             Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
                   ("corpus", "tokens", *cloze["train"], "warmup", *learned),
-                  volatile=VOLATILE, precious=True),
+                  volatile=VOLATILE, precious=True, shared=True),
             Stage("embeddings", self.embed_last, plain["encode"],
-                  ("tokens", "train", *(["embeddings-warmup"] if searching else []))),
+                  ("tokens", "train", *(["embeddings-warmup"] if searching else [])), shared=True),
             Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
                   ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
-                   *([] if self.evaluates_alone else ["embeddings"]))),
+                   *([] if self.evaluates_alone else ["embeddings"])), shared=True),
             Stage("export", self.export, {"name": c.name, "dimensions": c.encode.dimensions},
                   ("corpus", "tokenizer", "train", "evaluate")),
             Stage("report", self.report, {},
@@ -124,7 +126,8 @@ class Recipe(MiningStages, TeachingStages):
 
     def ingest(self, out_dir: pathlib.Path) -> dict[str, Any]:
         fields = corpus.parse_fields(self.config.data.fields)
-        for lang, files in progress.bar(self.files.items(), "  reading", "languages", total=len(self.files)):
+        bar = progress.bar(self.files.items(), "  reading", "languages", total=len(self.files))
+        for lang, files in processes.claimed(bar):
             if not (out_dir / lang).exists():
                 partial = out_dir / f".{lang}.partial"
                 _empty(partial)
@@ -132,13 +135,14 @@ class Recipe(MiningStages, TeachingStages):
                 workdir.write_json(partial / "passages.json", dataclasses.asdict(report))
                 partial.rename(out_dir / lang)
         counts = {}
-        for lang, files in self.files.items():
+        for lang, files in processes.claimed(self.files.items()):
             path = out_dir / lang / "report.json"
             if not path.exists():
                 report = corpus.IngestReport(**workdir.read_json(out_dir / lang / "passages.json"))
                 corpus.write_queries(lang, files, out_dir / lang, report, self.library.others(lang))
                 workdir.write_json(path, dataclasses.asdict(report))
-            counts[lang] = workdir.read_json(path)
+        for lang in self.files:
+            counts[lang] = workdir.read_json(out_dir / lang / "report.json")
             for warning in counts[lang].get("warnings", ()):
                 progress.say(f"  warning: {warning}")
         return counts
@@ -172,10 +176,9 @@ class Recipe(MiningStages, TeachingStages):
     def make_cloze(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
         tokenizers = self._tokenizer("query"), self._tokenizer("passage")
-        return {
-            lang: sources.write_cloze(self.library, index, c.data.cloze_per_lang, c.seed, out_dir, *tokenizers)
-            for index, lang in enumerate(self.library.langs)
-        }
+        for index, _ in processes.claimed(enumerate(self.library.langs)):
+            sources.write_cloze(self.library, index, c.data.cloze_per_lang, c.seed, out_dir, *tokenizers)
+        return {lang: sources.cloze_pairs(out_dir, lang) for lang in self.library.langs}
 
     def make_weak(self, out_dir: pathlib.Path) -> dict[str, Any]:
         c = self.config
@@ -205,6 +208,7 @@ class Recipe(MiningStages, TeachingStages):
                 max(int(of.training_set.lang_n.max()) for of in found) + 1,
                 len(topic_names),
                 attention.packs(encoder_config),
+                parallel.own_rows(self.mesh),
             )
         progress.say(f"  {sentence}")
         validation = validate.make_validation(
@@ -220,8 +224,9 @@ class Recipe(MiningStages, TeachingStages):
             made_of = objectives.Collections(blocks, self.library.bases)
         objective = objectives.build(section.objective, encoder_config, self.mesh, made_of)
         params, counts = train.train(
-            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base
-        )
+            section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base,
+            fsdp=c.parallel.fsdp, rules=c.parallel.rules, stall=c.parallel.stall,
+        )  # fmt: skip
         if section.steps:
             counts |= sources.shares(found[0], section, c.seed, langs, topic_names)
         return {**counts, "parameters_sha256": models.save(out_dir, encoder_config, params)}
@@ -249,7 +254,7 @@ class Recipe(MiningStages, TeachingStages):
         )
 
     def index_bm25(self, out_dir: pathlib.Path) -> dict[str, Any]:
-        for lang, collection in progress.bar(self._languages(), "  indexing", "languages"):
+        for lang, collection in processes.claimed(progress.bar(self._languages(), "  indexing", "languages")):
             Bm25Searcher(self._texts(collection)).save(out_dir / lang)
         return {}
 
@@ -262,7 +267,7 @@ class Recipe(MiningStages, TeachingStages):
         """Embeddings by the encoder that training starts from, or the passages' taken from elsewhere."""
         model, source = self._model("warmup"), self.config.encode.passages
         made_by = self._origin(model)
-        if source:
+        if source and processes.leads():
             langs = self.library.langs, self.library.collections
             embeddings.take(pathlib.Path(source), self.directory, *langs, made_by, out_dir)
         return self._embed_own(model, made_by, out_dir, passages=not source)
@@ -275,7 +280,7 @@ class Recipe(MiningStages, TeachingStages):
         unchanged = c.train.objective.name in objectives.SEARCHING and (
             made_by == workdir.counts_of(self.directory, before.name)["passages"]
         )
-        for lang in self.library.langs if unchanged else ():
+        for lang in self.library.langs if unchanged and processes.leads() else ():
             embeddings.link(before / lang, out_dir / lang)
         return self._embed_own(model, made_by, out_dir, passages=not unchanged)
 
@@ -299,7 +304,7 @@ class Recipe(MiningStages, TeachingStages):
         def embed(texts: list[str]) -> np.ndarray:
             encoder_config, params = self._model("warmup")
             side = encode.Embedder(
-                encoders.build(encoder_config), self.mesh, self.config.encoder.passage_length, "passage"
+                encoders.build(encoder_config), self.own_mesh, self.config.encoder.passage_length, "passage"
             )
             return encode.embed_texts(side, params, self._tokenizer("passage"), texts)
 
@@ -349,7 +354,7 @@ class Recipe(MiningStages, TeachingStages):
         exact = encoders.build(dataclasses.replace(encoder_config, dtype="float32"))
         for side in encoders.SIDES if encoder_config.untied else encoders.SIDES[-1:]:
             with jax.default_matmul_precision("highest"):
-                embedder = encode.Embedder(exact, self.mesh, c.encoder.passage_length, side)
+                embedder = encode.Embedder(exact, self.own_mesh, c.encoder.passage_length, side)
                 vectors = embedder.embed(params, self.stores.passages, rows)
             export.check_parity(exported, texts, vectors, max_length=c.encoder.passage_length, side=side)
         shutil.copytree(exported, out_dir, dirs_exist_ok=True)

@@ -62,6 +62,9 @@ class Packed(NamedTuple):
     order_N: Any  # int32
 
 
+OwnRows = Callable[[int], np.ndarray]  # number of an array's rows -> those that this process needs (parallel.own_rows)
+
+
 class Side(NamedTuple):
     """How the sequences of one side of a batch, queries or passages, lie."""
 
@@ -81,11 +84,16 @@ class Side(NamedTuple):
         longest = longest_first_SxN[:, :: lengths_SxN.shape[1] // self.per_row]
         return np.clip(-(-longest // multiple) * multiple, 1, self.max_length)
 
-    def pack(self, source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chunks | Packed:
-        """The sequences of `rows_N`, cut off at `max_length`, laid out with these widths."""
+    def pack(
+        self, source: TokenSource, rows_N: np.ndarray, widths: Sequence[int], own: OwnRows | None = None
+    ) -> Chunks | Packed:
+        """The sequences of `rows_N`, cut off at `max_length`, laid out with these widths.
+
+        Of each array's rows only those that `own` names are read; the others are 0.
+        """
         if self.packed and len(rows_N):
-            return pack_rows(source, rows_N, self.per_row, self.max_length, widths[0])
-        return pack(source, rows_N, widths)
+            return pack_rows(source, rows_N, self.per_row, self.max_length, widths[0], own)
+        return pack(source, rows_N, widths, own)
 
 
 def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
@@ -149,7 +157,7 @@ def cheapest(
     )
 
 
-def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chunks:
+def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int], own: OwnRows | None = None) -> Chunks:
     """Gathers the sequences of `rows_N`, longest first, into one chunk per width; no rows make no chunk."""
     if not len(rows_N):
         return Chunks((), (), np.empty(0, np.int32))
@@ -157,8 +165,22 @@ def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int]) -> Chun
     order_N = np.empty(len(rows_N), np.int32)
     order_N[longest_first_N] = np.arange(len(rows_N), dtype=np.int32).reshape(-1, len(widths)).T.ravel()
     parts = np.split(rows_N[longest_first_N], len(widths))
-    blocks = [source.gather(part, width) for part, width in zip(parts, widths, strict=True)]
+    blocks = [_gather(source, part, width, own) for part, width in zip(parts, widths, strict=True)]
     return Chunks(tuple(block.ids_BxT for block in blocks), tuple(block.mask_BxT for block in blocks), order_N)
+
+
+def _gather(source: TokenSource, rows_C: np.ndarray, width: int, own: OwnRows | None) -> Tokens:
+    if own is None:
+        return source.gather(rows_C, width)
+    places = own(len(rows_C))
+    return jax.tree.map(lambda found: _spread(found, places, len(rows_C)), source.gather(rows_C[places], width))
+
+
+def _spread(found: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
+    """An array of `count` rows with those of `found` at `places`, and 0 elsewhere."""
+    whole = np.zeros((count, *found.shape[1:]), found.dtype)
+    whole[places] = found
+    return whole
 
 
 def balanced_rows(lengths_N: np.ndarray, per_row: int) -> np.ndarray:
@@ -177,28 +199,31 @@ def balanced_rows(lengths_N: np.ndarray, per_row: int) -> np.ndarray:
     return index_RxS
 
 
-def pack_rows(source: TokenSource, rows_N: np.ndarray, per_row: int, max_length: int, width: int) -> Packed:
+def pack_rows(
+    source: TokenSource, rows_N: np.ndarray, per_row: int, max_length: int, width: int, own: OwnRows | None = None
+) -> Packed:
     """Gathers the sequences of `rows_N`, cut off at `max_length`, into rows of `width` tokens, `per_row` in each."""
     lengths_N = np.minimum(source.lengths(rows_N), max_length)
     index_RxS = balanced_rows(lengths_N, per_row)
     order_N = np.empty(len(rows_N), np.int32)
     order_N[index_RxS.ravel()] = np.arange(len(rows_N), dtype=np.int32)
-    tokens = source.gather(rows_N[index_RxS.ravel()], int(lengths_N.max()))
-    real_NxT = tokens.mask_BxT > 0
     lengths_RxS = lengths_N[index_RxS]
     mask_RxT = np.arange(width) < lengths_RxS.sum(axis=1, keepdims=True)
-    ids_RxT = np.zeros(mask_RxT.shape, np.int32)
-    ids_RxT[mask_RxT] = tokens.ids_BxT[real_NxT]
+    places = own(len(index_RxS)) if own else np.arange(len(index_RxS))
+    tokens = source.gather(rows_N[index_RxS[places].ravel()], int(lengths_N.max()))
+    ids_RxT = np.zeros((len(places), width), np.int32)
+    ids_RxT[mask_RxT[places]] = tokens.ids_BxT[tokens.mask_BxT > 0]
+    ids_RxT = _spread(ids_RxT, places, len(index_RxS)) if own else ids_RxT
     padding_Rx1 = width - lengths_RxS.sum(axis=1, keepdims=True)
     return Packed(
         ids_RxT, mask_RxT.astype(np.int32), np.concatenate([lengths_RxS, padding_Rx1], axis=1).astype(np.int32), order_N
     )
 
 
-def padding_share(*blocks: Chunks | Packed) -> float:
-    """Share of token slots that hold padding (host arrays only)."""
+def padding_share(tokens: int, *blocks: Chunks | Packed) -> float:
+    """Share of the blocks' token slots that hold padding, where `tokens` of them do not."""
     masks = [mask for block in blocks for mask in (block.mask if isinstance(block, Chunks) else (block.mask_RxT,))]
-    return 1.0 - sum(int(mask.sum()) for mask in masks) / sum(mask.size for mask in masks)
+    return 1.0 - tokens / sum(mask.size for mask in masks)
 
 
 def encode_chunks(

@@ -14,6 +14,7 @@ from jdmdr.cloze import inverse_cloze
 from jdmdr.hashing import hash_array
 from jdmdr.library import TRAIN, Library, TrainingQuery
 from jdmdr.planner import Planner
+from jdmdr.shapes import OwnRows
 from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import NO_HIT, Tokens, UserError
 from jdmdr.weights import make_weights
@@ -114,8 +115,8 @@ def _written(
 def write_cloze(
     library: Library, index: int, most: int, seed: int, directory: pathlib.Path,
     query_tokenizer: Tokenizer, passage_tokenizer: Tokenizer,
-) -> int:  # fmt: skip
-    """Makes the inverse-cloze pairs of one language from at most `most` of its passages; returns how many."""
+) -> None:  # fmt: skip
+    """Makes the inverse-cloze pairs of one language from at most `most` of its passages."""
     lang, collection = library.langs[index], library.collections[index]
     chosen = np.sort(np.argsort(hash_array(seed, f"cloze {lang}", np.arange(len(collection))), kind="stable")[:most])
     pairs_ = list(inverse_cloze((int(row), collection.passage(int(row))) for row in chosen))
@@ -124,7 +125,11 @@ def write_cloze(
     np.save(directory / f"{lang}.rows.npy", np.array([pair.row for pair in pairs_], np.int64))
     write_tokens(query_tokenizer, (pair.query for pair in pairs_), directory / "queries", lang)
     write_tokens(passage_tokenizer, (pair.passage for pair in pairs_), directory / "passages", lang)
-    return len(pairs_)
+
+
+def cloze_pairs(directory: pathlib.Path, lang: str) -> int:
+    """How many pairs `write_cloze` made."""
+    return len(np.load(directory / f"{lang}.rows.npy"))
 
 
 class Source(NamedTuple):
@@ -137,11 +142,12 @@ class Source(NamedTuple):
 
 def batch_maker(
     sources: Sequence[Source], section: Any, weights: Any, lengths: tuple[int, int], devices: int, seed: int,
-    langs: int, topics: int, packed: bool = False,
+    langs: int, topics: int, packed: bool = False, own: OwnRows | None = None,
 ) -> tuple[Callable[[int], tuple[dict, dict]], int, str]:  # fmt: skip
-    """The function step -> (batch, figures to log) over `sources`, a pure function of the step.
+    """The function step -> (batch, figures to log) over `sources`, a pure function of the step; `own` as in `make_batch`.
 
-    `packed` puts sequences behind one another without padding, for encoders that `attention.packs`. Returns it with the number of batch shapes it can give and a sentence on what a query sees.
+    `packed` puts sequences behind one another without padding, for encoders that `attention.packs`. Returns it with the
+    number of batch shapes it can give and a sentence on what a query sees.
     """
     if section.batch_size % devices:
         raise UserError(f"batch_size is {section.batch_size}, not a multiple of the {devices} devices")
@@ -163,7 +169,7 @@ def batch_maker(
         source, planner, shapes, tables = planned[index]
         batch, figures = batches.make_batch(
             source.training_set, planner, own_step, passages_per_query=source.passages_per_query, seed=seed,
-            shapes=shapes, weights=tables,
+            shapes=shapes, weights=tables, own=own,
         )  # fmt: skip
         return batch, {**figures, "source": index}
 

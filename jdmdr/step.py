@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jdmdr import trainable
+from jdmdr import parallel, trainable
 from jdmdr.encoders import SIDES
 from jdmdr.gradcache import Shares
 from jdmdr.objectives import Objective
@@ -42,15 +42,29 @@ def make_step(
     lora: Any = None,
     mesh: jax.sharding.Mesh | None = None,
     grad_cache: int = 0,
+    shardings: Any = None,
 ) -> Callable:
     """`step(state, batch) -> (state, metrics)`, jitted, the state donated; `lora` are the recipe's keys of that name.
 
     With a mesh every device encodes its share; with `grad_cache`, which needs one, so many sequences at a time.
+    `shardings` are the state's (`parallel.shardings`): where they split a parameter over devices, it is gathered whole for
+    the step, and its gradient, its moments and its update stay split.
 
     The objective sees the global batch (design: global view), so its gradient needs no world-size factor. An update
     whose loss or gradient norm is not finite is skipped and counted; the parameters stay as they were.
     """
 
+    everywhere = mesh and parallel.replicated(mesh)
+    divided = shardings is not None and not all(s.is_fully_replicated for s in jax.tree.leaves(shardings))
+
+    @jax.custom_vjp
+    def whole(trained):
+        return jax.lax.with_sharding_constraint(trained, everywhere)
+
+    def split(_, gradient):
+        return (jax.lax.with_sharding_constraint(gradient, shardings["params"]),)
+
+    whole.defvjp(lambda trained: (whole(trained), None), split)
     shares = Shares(mesh, grad_cache) if grad_cache or (mesh and mesh.devices.size > 1) else None
 
     def step(state: State, batch: dict) -> tuple[State, dict]:
@@ -71,7 +85,9 @@ def make_step(
 
         def loss(trained):
             lora_rng = jax.random.fold_in(rng, len(SIDES))
-            params, own = trainable.assemble(trained, state.get("frozen", {}), lora, lora_rng)
+            params, own = trainable.assemble(
+                whole(trained) if divided else trained, state.get("frozen", {}), lora, lora_rng
+            )
             params = here.copies(params) if here else params
             return objective.loss(params, own, batch, encode, rng, state["step"])
 
@@ -102,4 +118,4 @@ def make_step(
                    "skipped_in_a_row": state["skipped_in_a_row"]}  # fmt: skip
         return state, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, everywhere) if shardings is not None else None)

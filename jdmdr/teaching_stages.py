@@ -86,7 +86,7 @@ class TeachingStages(Workspace):
         mined = distill.mined_rows(queries, self.library, self._negatives_version, c.distill.source)
         cache = pathlib.Path(c.distill.cache) if c.distill.cache else self.directory / "teacher-cache"
         with tempfile.TemporaryDirectory() as scratch:
-            make = lambda: teacher.Teacher(spec, c, self.mesh, cache, pathlib.Path(scratch))
+            make = lambda: teacher.Teacher(spec, c, self.own_mesh, cache, pathlib.Path(scratch))
             bitext = self.directory / "bitext" if distill.on_bitext(c) else None
             return distill.teach(c, spec, make, self.library, queries, mined, bitext, out_dir)
 

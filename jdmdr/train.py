@@ -7,11 +7,13 @@ brings everything that training reads up to date first (see jdmdr/pipeline.py), 
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import pathlib
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +22,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jdmdr import batches, models, parallel, peft, progress, trainable, workdir
+from jdmdr import batches, models, parallel, peft, processes, progress, trainable, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
 from jdmdr.objectives import Objective
@@ -30,6 +32,7 @@ from jdmdr.types import UserError
 
 CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
 OWN = "objective.safetensors"  # the parameters that the objective brought
+HELD_UP = "save_seconds"  # that the step after a save began later for it
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
 VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
 
@@ -47,8 +50,13 @@ def train(
     mesh: jax.sharding.Mesh,
     base: str | None = None,
     measure: str = "ndcg@10",
+    fsdp: int = 1,
+    rules: Sequence[tuple[str, str]] = (),
+    stall: float = 0,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains for `section.steps` steps and returns the best parameters and the run's counts.
+
+    All processes of the mesh run it together; the first writes the logs.
 
     Args:
       section: the recipe's `train` or `warmup` keys (configs/default.py).
@@ -61,17 +69,21 @@ def train(
         if it had never stopped (same device count, CPU). Adapters of a transformer are left in `adapter/` too.
       measure: what `validate` measures.
       base: the checkpoint that `params` are, for the adapters to name; None where they are of no checkpoint.
+      fsdp, rules: how the state is split over the devices (`parallel.shardings`).
+      stall: seconds without the end of a step after which the stacks of all threads are printed, again and again; 0: off.
 
     Raises:
       UserError: the checkpoint is corrupt, or `section.max_skipped` updates in a row were not finite.
-      Terminated: SIGTERM arrived; the state is saved.
+      Terminated: SIGTERM arrived, in any process; the state is saved.
     """
     # --- setup ---------------------------------------------------------------------------------------------------
     stop = _StopOnSigterm()
     trained, frozen = trainable.split(section, params, objective.parameters, seed)
     optimiser = make_optimiser(section, trained, frozen)
-    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
-    step_fn = make_step(encoder, objective, optimiser, seed, section.lora, mesh, section.grad_cache)
+    state = init_state(trained, optimiser, frozen)
+    shardings = parallel.shardings(state, mesh, fsdp, rules)
+    state = parallel.put(state, shardings)
+    step_fn = make_step(encoder, objective, optimiser, seed, section.lora, mesh, section.grad_cache, shardings)
 
     def encoder_params(state: dict) -> Any:
         return trainable.assemble(state["params"], state.get("frozen", {}), section.lora)[0]
@@ -95,22 +107,27 @@ def train(
     iterator = batches.batch_iterator(make_batch, first, section.steps)
     bar = progress.bar(None, "  training", "steps", total=section.steps, initial=first)
     pending = None  # the metrics of the step before: fetched while the device works on the next one
+    asked = lambda: False  # whether a process was told to stop before that step
+    held_up = {}
     for step, (batch, figures) in enumerate(iterator, first):
+        if stall:
+            faulthandler.dump_traceback_later(stall, repeat=True, file=sys.__stderr__)
         state, metrics = step_fn(state, {**parallel.put_batch(batch, mesh), **objective.arrays})
         if pending:
             _account(log, bar, section, *pending)
-        pending = step, metrics, figures
+        pending = step, metrics, {**figures, **held_up}
         bar.update()
-        done = step + 1
-        stopping = stop.requested
+        done, held_up = step + 1, {}
+        asked, stopping = parallel.anywhere(stop.requested, mesh), asked()
         validating = done % section.checkpoint_every == 0 or done == section.steps
         if validating or stopping:
             # The log first: of what a checkpoint holds, every line is there.
             _account(log, bar, section, *pending)
             pending = None
+            faulthandler.cancel_dump_traceback_later()
             score = validate(encoder_params(state)) if validating else None
             log.validation(done, measure, score)
-            checkpoints.save(done, _saved(state), _score(score))
+            held_up = {HELD_UP: round(checkpoints.save(done, _saved(state), _score(score)), 4)}
         if stopping:
             checkpoints.close()
             log.close()
@@ -131,7 +148,7 @@ def train(
     state = {**state, **restored}
     checkpoints.close()
     stop.restore()
-    if stop.requested:
+    if parallel.anywhere(stop.requested, mesh)():
         raise Terminated
     if section.steps and not best:
         progress.say(
@@ -141,7 +158,9 @@ def train(
     if score != UNMEASURED:
         counts[f"valid_{measure}"] = score
     if section.lora.rank and encoder.config.kind == "transformer":
-        peft.save(out_dir / ADAPTER, encoder.config, state["params"][trainable.LORA], section.lora, base)
+        adapters = parallel.to_host(state["params"][trainable.LORA])
+        if processes.leads():
+            peft.save(out_dir / ADAPTER, encoder.config, adapters, section.lora, base)
     if objective.parameters:
         own = state["params"][trainable.OBJECTIVE]
         counts["objective"] = objective.figures(own)
@@ -173,9 +192,15 @@ class _StopOnSigterm:
 
 
 class _Log:
-    """`log.jsonl` and TensorBoard; lines behind step `last`, which a resumed run repeats, are dropped first."""
+    """`log.jsonl` and TensorBoard; lines behind step `last`, which a resumed run repeats, are dropped first.
+
+    Of several processes the first writes them.
+    """
 
     def __init__(self, out_dir: pathlib.Path, last: int):
+        self._writes = processes.leads()
+        if not self._writes:
+            return
         path = out_dir / LOG
         kept = []
         if path.exists():
@@ -191,6 +216,8 @@ class _Log:
         self._board.write_event(Event(step=last + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, figures: dict[str, float]) -> None:
+        if not self._writes:
+            return
         self._file.write(json.dumps({"step": step, **figures}, sort_keys=True) + "\n")
         self._file.flush()
         values = [Summary.Value(tag=name, simple_value=value) for name, value in figures.items()]
@@ -202,8 +229,9 @@ class _Log:
             self.write(step, {f"valid_{measure}": score})
 
     def close(self) -> None:
-        self._file.close()
-        self._board.close()
+        if self._writes:
+            self._file.close()
+            self._board.close()
 
 
 def _account(log: _Log, bar: Any, section: Any, step: int, metrics: dict, figures: dict) -> None:

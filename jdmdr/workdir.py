@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from jdmdr import __version__
+from jdmdr import __version__, processes
 from jdmdr.types import UserError
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -33,7 +33,8 @@ class Stage:
     `run(out_dir) -> counts` does the work; `settings` is all of the config that it depends on; `needs` are the stages
     whose output it reads, `files` the input files from outside the working directory. `volatile` are patterns of what
     the manifest leaves out (logs, checkpoints); their `*` reaches into subdirectories. A `precious` stage is not redone
-    unless the user says so.
+    unless the user says so. A `shared` stage runs in all processes at once (jdmdr/processes.py), any other in the first,
+    while the rest wait; the counts are the first's.
     """
 
     name: str
@@ -43,14 +44,19 @@ class Stage:
     files: tuple[pathlib.Path, ...] = ()
     volatile: tuple[str, ...] = ()
     precious: bool = False
+    shared: bool = False
 
 
 @contextlib.contextmanager
 def locked(workdir: pathlib.Path, key: str = "--workdir") -> Iterator[None]:
     """Holds a directory for this process; a second process is refused with the owner's pid. `key` is what names it.
 
-    The kernel drops an flock with its process, so a killed run blocks nobody.
+    The kernel drops an flock with its process, so a killed run blocks nobody. Of several processes of one run the first
+    holds it for all.
     """
+    if not processes.leads():
+        yield
+        return
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         handle = open(workdir / ".lock", "a+")  # noqa: SIM115 - closed below
@@ -180,13 +186,31 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     the reason printed; a precious stage refuses with the list of changes unless `redo`.
     """
     directory = workdir / stage.name
+    promise = processes.from_first(lambda: _begin(stage, workdir, redo, say))
+    if promise is None:
+        return
+
+    def finish(counts: Mapping[str, Any]) -> None:
+        write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})
+
+    if stage.shared:
+        counts = stage.run(directory)
+        processes.barrier()
+        processes.from_first(lambda: finish(counts))
+    else:
+        processes.from_first(lambda: finish(stage.run(directory)))
+
+
+def _begin(stage: Stage, workdir: pathlib.Path, redo: bool, say: Callable[[str], None]) -> dict[str, Any] | None:
+    """Makes the stage's directory ready for work and writes its plan, which it returns; None where it is up to date."""
+    directory = workdir / stage.name
     promise = as_json(_promise(stage, workdir))
     manifest, plan = read_json(directory / MANIFEST), read_json(directory / PLAN)
     if manifest is not None:
         changes = differences({key: manifest.get(key) for key in promise}, promise)
         if not changes and _intact(directory, manifest):
             say(f"{stage.name}: up to date")
-            return
+            return None
         changes = changes or ["a file of it is missing or has another size"]
     elif plan is None:
         changes = []
@@ -208,8 +232,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
         shutil.rmtree(directory)
     directory.mkdir(parents=True, exist_ok=True)
     write_json(directory / PLAN, promise)
-    counts = stage.run(directory)
-    write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})
+    return promise
 
 
 def adopt(stage: Stage, workdir: pathlib.Path, donors: Iterable[pathlib.Path]) -> None:

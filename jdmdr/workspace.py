@@ -21,6 +21,7 @@ from jdmdr import (
     mine,
     models,
     parallel,
+    processes,
     progress,
     requery,
     retrievers,
@@ -81,7 +82,13 @@ class Workspace:
 
     @functools.cached_property
     def mesh(self):
+        """All devices of the run: what trains, with all processes together, lies on it."""
         return parallel.data_mesh()
+
+    @functools.cached_property
+    def own_mesh(self):
+        """The devices of this process: what it encodes and searches by itself."""
+        return parallel.own_mesh()
 
     def _languages(self) -> list[tuple[str, corpus.Collection]]:
         return list(zip(self.library.langs, self.library.collections, strict=True))
@@ -101,7 +108,7 @@ class Workspace:
         out_dir: pathlib.Path,
     ) -> None:
         """The passages and queries of some languages as token stores; `tokenizer_of` is asked for a side."""
-        for lang in progress.bar(langs, "  tokenising", "languages"):
+        for lang in processes.claimed(progress.bar(langs, "  tokenising", "languages")):
             collection = self.library.collections[self.library.langs.index(lang)]
             work = {"passages": ("passage", self._texts(collection))}
             work |= {f"queries.{split}": ("query", self.library.queries(lang, split)[1]) for split in topics}
@@ -144,13 +151,17 @@ class Workspace:
         stores = {name: TokenStore(tokens / name, langs, vocab_size) for name in sides}
         bar = progress.bar(None, "  encoding", "texts", total=sum(map(len, stores.values())))
         embedders = {
-            side: encode.Embedder(encoder, self.mesh, section[f"{side}_length"], side) for side in encoders.SIDES
+            side: encode.Embedder(encoder, self.own_mesh, section[f"{side}_length"], side) for side in encoders.SIDES
         }
-        for name, store in stores.items():
-            for index, lang in enumerate(langs):
-                first, stop = store.bases[index : index + 2]
-                encode.encode_rows(embedders[sides[name]], params, store, int(first), int(stop - first), out_dir / lang,
-                                   name, c.shard_rows, c.dtype, bar)  # fmt: skip
+        shards = [
+            (name, shard)
+            for name, store in stores.items()
+            for index, lang in enumerate(langs)
+            for shard in encode.shards_of(*map(int, store.bases[index : index + 2]), out_dir / lang, name, c.shard_rows)
+        ]
+        for name, shard in processes.claimed(shards):
+            encode.encode_shard(embedders[sides[name]], params, stores[name], shard, c.dtype)
+            bar.update(len(shard.rows))
         bar.close()
         return {
             "encoder": encoder_config.to_dict(),
@@ -170,7 +181,7 @@ class Workspace:
             "embeddings" if system == self.config.name and not self.evaluates_alone else "embeddings-warmup"
         )
         vectors = retrievers.stored(embeddings / lang, topics, [embeddings / member for member in searched])
-        return retrievers.dense(vectors, "exact", "Flat", self.mesh)
+        return retrievers.dense(vectors, "exact", "Flat", self.own_mesh)
 
     def _member(self, spec: retrievers.Spec, lang: str, search: Callable) -> retrievers.Retriever:
         """A retriever of the ensemble over the training queries of a language."""
@@ -206,7 +217,7 @@ class Workspace:
             else:
                 section, home, _, model = self._other_encoder(spec)
             config, params = model
-            embedder = encode.Embedder(encoders.build(config), self.mesh, section.query_length, "query")
+            embedder = encode.Embedder(encoders.build(config), self.own_mesh, section.query_length, "query")
             return embedder, params, Tokenizer(home, section.query_length, section.query_prompt)
 
         def embed(texts: Sequence[str]) -> np.ndarray:
@@ -225,7 +236,7 @@ class Workspace:
         c, weights = self.config.mine, workdir.counts_of(self.directory, "mine")["weights"]
         asked = requery.askable(retrievers.parse(c.retrievers))
         embedders = {spec.name: self._query_embedder(spec) for spec in asked if spec.dense}
-        index = lambda blocks: dense_searcher(c.index, blocks, self.mesh, c.factory)
+        index = lambda blocks: dense_searcher(c.index, blocks, self.own_mesh, c.factory)
 
         @contextlib.contextmanager
         def opened(of: expand.Language) -> Iterator[topup.Search]:

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 import pytest
 
-from jdmdr import encode, encoders, parallel, progress
+from jdmdr import encode, encoders, parallel
 from jdmdr.encoders import attention
 from jdmdr.types import Tokens
 
@@ -105,8 +105,8 @@ def store(params, embedder, tmp_path):
     source = Source(np.random.default_rng(4).integers(1, 40, 37))
 
     def fill(dtype="float32", directory=tmp_path):
-        with progress.bar(None, "test", "texts") as bar:
-            return encode.encode_rows(embedder, params, source, 5, 32, directory, "passages", 10, dtype, bar)
+        shards = encode.shards_of(5, 37, directory, "passages", 10)
+        return sum(encode.encode_shard(embedder, params, source, shard, dtype) for shard in shards)
 
     fill.expected = embedder.embed(params, source, np.arange(5, 37))
     fill.directory = tmp_path
@@ -147,8 +147,8 @@ def test_float16_store_is_close_to_float32(store):
 
 
 def test_no_texts_make_one_empty_shard(params, embedder, tmp_path):
-    with progress.bar(None, "test", "texts") as bar:
-        encode.encode_rows(embedder, params, Source([]), 0, 0, tmp_path, "queries.dev", 10, "float16", bar)
+    (shard,) = encode.shards_of(3, 3, tmp_path, "queries.dev", 10)
+    assert encode.encode_shard(embedder, params, Source([]), shard, "float16")
     assert [block.shape for block in encode.shards(tmp_path, "queries.dev")] == [(0, WIDTH)]
 
 

@@ -222,7 +222,7 @@ def test_the_spread_of_a_retriever_is_that_of_the_cosines_of_its_first_hits(fini
 
 def test_concat_mines_what_the_weighted_sum_ranks_first(finished, tmp_path):
     library, c = finished.library, finished.config.mine.copy_and_resolve_references().unlock()
-    c.update({"fusion": "concat", "pool": "corpus", "depth": 7, "weights": ()})
+    c.update({"retrievers": "a=vectors:A,b=vectors:B", "fusion": "concat", "pool": "corpus", "depth": 7, "weights": ()})
     rng = np.random.default_rng(0)
     opened = {}
 

@@ -120,8 +120,8 @@ def test_a_batch_is_encoded_by_one_call_with_a_sequence_of_every_chunk_in_each_r
 
 def test_padding_share_counts_empty_token_slots():
     chunks = shapes.pack(Source([2, 4, 4, 2]), np.arange(4), (4, 4))
-    assert shapes.padding_share(chunks) == pytest.approx(4 / 16)
-    assert shapes.padding_share(chunks, shapes.pack(Source([4, 4]), np.arange(2), (4,))) == pytest.approx(4 / 24)
+    assert shapes.padding_share(12, chunks) == pytest.approx(4 / 16)
+    assert shapes.padding_share(20, chunks, shapes.pack(Source([4, 4]), np.arange(2), (4,))) == pytest.approx(4 / 24)
 
 
 @pytest.mark.parametrize("packed_rows", [False, True])
@@ -134,7 +134,7 @@ def test_layouts_waste_less_than_half_and_packed_less_than_a_sixth_of_padding_to
     for step in range(50):
         rows = np.arange(64) + 64 * step
         profile = shapes.cheapest(profiles, lengths[step], lengths[step], (side, side))
-        shares.append(shapes.padding_share(side.pack(source, rows, profile.passage_widths)))
+        shares.append(shapes.padding_share(lengths[step].sum(), side.pack(source, rows, profile.passage_widths)))
         longest_share.append(1 - lengths[step].mean() / lengths[step].max())
     assert np.mean(shares) < np.mean(longest_share) / (6 if packed_rows else 2)
 

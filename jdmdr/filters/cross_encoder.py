@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from scipy.special import expit
 
-from jdmdr import progress
+from jdmdr import processes, progress
 from jdmdr.corpus import Collection, passage_text
 from jdmdr.filters.rules import Column
 from jdmdr.library import Library, TrainingQuery, used_in_training
@@ -29,28 +29,37 @@ def score(
     library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, scorer: Any, depth: int, out_dir: pathlib.Path
 ) -> dict[str, Any]:  # fmt: skip
     """Scores every language's candidates by a `pairs.Scorer`; a language that is done stays. Returns the counts of pairs."""
-    counts = {}
-    for index, lang in enumerate(library.langs):
+    langs = [(index, lang) for index, lang in enumerate(library.langs) if used_in_training(training, index)]
+    for index, lang in processes.claimed(langs):
         queries = used_in_training(training, index)
-        if not queries:
-            continue
-        mined = read_mined(mined_dir, lang, [])
-        most_positives = max(len(q.positives) for q in queries)
-        rows_QxN = np.full((len(queries), mined.rows_QxK.shape[1] + most_positives), NO_HIT)
-        rows_QxN[:, :depth] = mined.rows_QxK[:, :depth]
-        for q, query in enumerate(queries):
-            rows_QxN[q, mined.rows_QxK.shape[1] :][: len(query.positives)] = query.positives - library.bases[index]
+        rows_QxK, rows_QxM = _rows(queries, int(library.bases[index]), mined_dir, lang, depth)
         paths = [out_dir / f"{lang}.{kind}.npy" for kind in SCORES]
         partial = out_dir / f".{lang}.scores"
-        counts[lang] = int((rows_QxN != NO_HIT).sum())
         if not all(path.exists() for path in paths):
             texts = [query.text for query in queries]
+            rows_QxN = np.concatenate([rows_QxK, rows_QxM], axis=1)
             scores_QxN = _score_rows(scorer, texts, rows_QxN, library.collections[index], lang, partial)
-            for path, values in zip(paths, np.split(scores_QxN, [mined.rows_QxK.shape[1]], axis=1), strict=True):
+            for path, values in zip(paths, np.split(scores_QxN, [rows_QxK.shape[1]], axis=1), strict=True):
                 with atomic(path) as temporary, open(temporary, "wb") as file:
                     np.save(file, values)
         partial.unlink(missing_ok=True)
+    counts = {}
+    for index, lang in langs:
+        rows = _rows(used_in_training(training, index), int(library.bases[index]), mined_dir, lang, depth)
+        counts[lang] = sum(int((of != NO_HIT).sum()) for of in rows)
     return {"pairs": counts}
+
+
+def _rows(
+    queries: Sequence[TrainingQuery], base: int, mined_dir: pathlib.Path, lang: str, depth: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Rows of the collection to score: the first `depth` candidates, QxK, and the positives, QxM; NO_HIT elsewhere."""
+    rows_QxK = np.array(read_mined(mined_dir, lang, []).rows_QxK)
+    rows_QxK[:, depth:] = NO_HIT
+    rows_QxM = np.full((len(queries), max(len(q.positives) for q in queries)), NO_HIT)
+    for q, query in enumerate(queries):
+        rows_QxM[q, : len(query.positives)] = query.positives - base
+    return rows_QxK, rows_QxM
 
 
 def _score_rows(

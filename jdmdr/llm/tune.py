@@ -25,7 +25,7 @@ import optax
 from absl import flags
 from ml_collections import ConfigDict
 
-from jdmdr import cli, peft, pipeline, progress, workdir
+from jdmdr import cli, peft, pipeline, processes, progress, workdir
 from jdmdr.check import check_config
 from jdmdr.encoders import huggingface
 from jdmdr.llm import chat, decoders, instructions, merged, tunix_models
@@ -48,6 +48,8 @@ def command(target: str, doc: str) -> None:
 
     def bring(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
         check_config(config)
+        if processes.count() > 1:
+            raise UserError("tuning runs in one process, on all devices of its machine; start it once")
         if values.dry_run:
             print(instructions.plan(config, directory))
             return

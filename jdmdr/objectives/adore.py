@@ -19,8 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
+from jdmdr import parallel
 from jdmdr.index import resident
 from jdmdr.objectives import temperature as temperatures
 from jdmdr.objectives.protocol import Collections, Objective
@@ -53,15 +54,14 @@ def make_objective(config: Any, mesh: Mesh, collections: Collections) -> Objecti
         )
     arrays = {
         "collections": resident.place(collections.blocks, mesh, config.index_dtype),
-        "first_row_L": jnp.asarray(first_L),
-        "end_row_L": jnp.asarray(end_L),
+        **parallel.put({"first_row_L": first_L, "end_row_L": end_L}, parallel.replicated(mesh)),
     }
 
     def loss(params, extra, batch, encode, rng, step):
         del rng, step
         vectors = batch["collections"]
         q_BxD = encode(params, batch["queries"], "query")
-        q_BxD = jax.lax.with_sharding_constraint(q_BxD, NamedSharding(mesh, PartitionSpec()))
+        q_BxD = jax.lax.with_sharding_constraint(q_BxD, parallel.replicated(mesh))
         first_B, end_B = (batch[name][batch["lang_B"]] for name in ("first_row_L", "end_row_L"))
         rows_BxK, _ = resident.top_k(vectors, q_BxD, config.top_k, first_B, end_B, mesh)
         rows_BxR = jnp.concatenate([rows_BxK, batch["positive_ids_BxM"]], axis=1)
