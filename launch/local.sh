@@ -59,7 +59,9 @@ while [ ${#alive[@]} -gt 0 ]; do
     if [ "$failed" != 0 ]; then
         waited=$((waited + 1))
         [ "$waited" != $((grace * 5)) ] || send TERM
-        [ "$waited" != $((grace * 10)) ] || send KILL
+        if [ "$waited" = $((grace * 10)) ]; then
+            for pid in "${alive[@]}"; do kill -KILL -- "-$pid" 2>/dev/null; done
+        fi
     fi
 done
 [ ${#printers[@]} = 0 ] || wait "${printers[@]}" 2>/dev/null

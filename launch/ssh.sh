@@ -6,6 +6,7 @@
 # HOSTS is a file with a host a line. The project lies under the same path on all of them, and --workdir on a file system that
 # all see. The first host is process 0; all reach it on PORT (8476). Output, signals and the exit code are as in local.sh.
 set -um
+quote() { printf " '%s'" "${1//\'/\'\\\'\'}"; } # for any POSIX shell over there
 names() { grep -v '^[[:space:]]*\(#\|$\)' "$1"; }
 
 if [ "${1:-}" = --on-host ]; then # what local.sh starts for each process
@@ -13,8 +14,9 @@ if [ "${1:-}" = --on-host ]; then # what local.sh starts for each process
     shift 2
     host=$(names "$hosts" | sed -n "$((JAX_PROCESS_ID + 1))p")
     pid_file=/tmp/jdmdr.$JDMDR_RUN.$JAX_PROCESS_ID
-    command="cd $(printf %q "$PWD") && echo \$\$ > $pid_file && exec env JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS"
-    command+=" JAX_NUM_PROCESSES=$JAX_NUM_PROCESSES JAX_PROCESS_ID=$JAX_PROCESS_ID$(printf ' %q' "$@")"
+    command="cd$(quote "$PWD") && echo \$\$ > $pid_file && exec env JAX_COORDINATOR_ADDRESS=$JAX_COORDINATOR_ADDRESS"
+    command+=" JAX_NUM_PROCESSES=$JAX_NUM_PROCESSES JAX_PROCESS_ID=$JAX_PROCESS_ID"
+    for word; do command+=$(quote "$word"); done
     # The remote process does not hear of a signal to the local ssh: it is sent by a second one.
     trap 'ssh -o BatchMode=yes "$host" "kill -TERM \$(cat $pid_file)"' TERM
     trap 'ssh -o BatchMode=yes "$host" "kill -INT \$(cat $pid_file)"' INT

@@ -43,7 +43,7 @@ def test_the_first_process_prints_as_always_and_the_others_under_their_number():
 
 
 def test_the_exit_code_is_that_of_the_first_that_fails_and_the_others_are_ended():
-    program = 'case $JAX_PROCESS_ID in 1) exit 7 ;; 2) trap "" TERM ;; esac; sleep 60; exit 9'
+    program = 'case $JAX_PROCESS_ID in 1) exit 7 ;; 2) trap "" TERM ;; esac; i=0; while [ $i -lt 600 ]; do sleep 0.1; i=$((i + 1)); done; exit 9'
     began = time.monotonic()
     assert launch(3, "sh", "-c", program, env={"GRACE": "1"}).returncode == 7
     assert time.monotonic() - began < 30
@@ -178,5 +178,5 @@ def test_dockerfile_installs_what_setup_offers_and_copies_what_is_there(name, ex
     for line in re.findall(r"^COPY (.+)$", text, re.M):
         for source in line.split()[:-1]:
             assert (REPO / source).exists(), source
-    (constraints,) = re.findall(r"constraints/\S+\.txt", text)
+    (constraints,) = re.findall(r"--constraint (\S+)", text)
     assert (REPO / constraints).is_file() and f"FROM python:{constraints[14:18]}-slim" in text
