@@ -26,6 +26,7 @@ from jdmdr.objectives.distill_bitext import TERMS
 from jdmdr.objectives.distill_scores import CANDIDATES, FORMS
 from jdmdr.objectives.pairwise import NEGATIVES
 from jdmdr.optim import OPTIMISERS
+from jdmdr.parallel import FSDP
 from jdmdr.planner import POLICIES
 from jdmdr.tokenizer import AS_IN
 from jdmdr.topic_table import MAPPINGS
@@ -72,6 +73,7 @@ SECTION_CHOICES = {
     "optimiser": OPTIMISERS,
 }
 AT_LEAST = {
+    "parallel.fsdp": 1, "parallel.heartbeat": 10, "parallel.stall": 0,
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.window": 0, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.passage_chars": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
@@ -128,6 +130,10 @@ def check_config(config: ConfigDict) -> None:
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
     _check_regex("tune.pattern", config.tune.pattern)
+    for pattern, how in config.parallel.rules:
+        _check_regex("parallel.rules", pattern)
+        if how not in ("replicate", FSDP):
+            raise UserError(f"parallel.rules has {how!r} for {pattern!r}; it is one of replicate, {FSDP}")
     _check_encoder(config)
     parse_fields(config.data.fields)
     for measure in parse_measures(config.evaluate.measures):
