@@ -152,7 +152,7 @@ class Training:
                 self._sides, (self._queries, self._passages), (B, B * P), profile, strict=True
             )
         )
-        self.padding.append(self._shapes.padding_share(queries, passages))
+        self.padding.append(self._shapes.padding_share(int(q.sum() + p.sum()), queries, passages))
         target_B = np.arange(B, dtype=np.int32) * P
         return {
             "queries": queries, "passages": passages, "target_B": target_B,

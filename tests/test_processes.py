@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 from conftest import REPO, tiny_config
+from test_checkpoint import save_all, state_at
 from test_step import run_steps
 
 from jdmdr import parallel, processes, workdir
@@ -166,14 +167,12 @@ def check_everything(found, count, straight, out):
         for name, expected in params.items():
             np.testing.assert_allclose(saved[name], expected, atol=1e-5, err_msg=name)
     checkpoints = Checkpoints(out / "of-all")
-    state, step = checkpoints.restore(4, {"params": {"w": np.zeros((8, 2), np.float32)}, "step": np.int32(0)})
+    state, step = checkpoints.restore(4, state_at(0))
     checkpoints.close()
     assert step == 4 and (np.asarray(state["params"]["w"]) == 3).all()
 
 
 def run_everything(finished, count, devices, fsdp, straight, out):
-    from test_checkpoint import save_all
-
     save_all(out / "of-one", {3: 0.5})
     root = finished.config.data.root
     found = together(count, EVERYTHING, finished.directory, root, out, fsdp, devices=devices)
@@ -203,7 +202,8 @@ def words(root, directory, *more, module="jdmdr.pipeline"):
 def test_two_processes_reach_what_one_does(finished, tmp_path):
     found = ends(start_processes(2, words(finished.config.data.root, tmp_path)))
     assert [code for code, *_ in found] == [0, 0], found
-    assert "error" not in found[0][2].lower() and found[1][1].strip() in ("", found[1][1].strip())
+    assert "error" not in found[0][2].lower()
+    assert not [line for line in found[1][1].splitlines() if "Gloo" not in line]  # the first speaks
     for stage in ("corpus", "tokenizer", "tokens", "cloze", "bm25"):  # no sums over devices: equal to the byte
         paths = [directory / stage / workdir.MANIFEST for directory in (tmp_path, finished.directory)]
         assert paths[0].read_bytes() == paths[1].read_bytes(), stage
