@@ -67,6 +67,10 @@ def get_config():
     c.encoder.passage_length = 256  # tokens, special tokens included
     c.encoder.window = 0  # of sliding-window attention: neighbours that a token sees; 0: what the checkpoint has
     c.encoder.dtype = ""  # float32 | bfloat16 of the matmuls; empty: bfloat16 on GPU and TPU, float32 on CPU
+    c.encoder.attention_dropout = placeholder(
+        float
+    )  # in training; None: what the checkpoint says. On a GPU 0 lets cuDNN
+    # compute attention, and texts are packed without padding (docs/performance.md)
     c.encoder.remat = False  # recompute activations in the backward pass: less memory, about a third more time
 
     c.warmup = training()  # before mining: in-batch negatives on training pairs and inverse-cloze pairs

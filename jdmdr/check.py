@@ -127,6 +127,9 @@ def check_config(config: ConfigDict) -> None:
     ):
         if not 0 <= _get(config, key) < 1:
             raise UserError(f"{key} is {_get(config, key)!r}; it is a share, at least 0 and below 1")
+    dropout = config.encoder.attention_dropout
+    if dropout is not None and not 0 <= dropout < 1:
+        raise UserError(f"encoder.attention_dropout is {dropout!r}; it is a share, at least 0 and below 1, or None")
     if config.name in SYSTEMS or not config.name or set(config.name) & set("/\\ \t\n"):
         raise UserError(f"name is {config.name!r}; it is a word without slashes and other than {', '.join(SYSTEMS)}")
     _check_regex("tune.pattern", config.tune.pattern)

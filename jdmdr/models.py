@@ -97,7 +97,8 @@ def _checkpoint(
             f"tokenizer.name has {vocab_size} tokens, but {section.name} has vectors for {config.vocab_size}; leave "
             "tokenizer.name empty to use the checkpoint's own tokenizer"
         )
-    return dataclasses.replace(config, dtype=matmul_dtype(section.dtype), remat=section.remat), params
+    own = {} if section.attention_dropout is None else {"attention_dropout": section.attention_dropout}
+    return dataclasses.replace(config, dtype=matmul_dtype(section.dtype), remat=section.remat, **own), params
 
 
 def matmul_dtype(wanted: str) -> str:

@@ -41,6 +41,7 @@ def test_recipes_pass(name, argument):
         ("name", "a/b"),
         ("name", "hybrid"),
         ("data.valid_share", 1.5),
+        ("encoder.attention_dropout", 1.0),
         ("mine.fusion", "foo"),
         ("mine.index", "annoy"),
         ("mine.retrievers", "colbert"),

@@ -38,6 +38,13 @@ def test_two_checkpoints_are_the_two_towers(other):
         jax.tree.map(np.testing.assert_array_equal, params[side], encoders.load_pretrained(source)[1])
 
 
+def test_dropout_of_attention_is_the_checkpoints_unless_the_recipe_sets_it():
+    theirs, _ = models.start(section(), 200, None, 0)
+    ours, _ = models.start(section(attention_dropout=0.25), 200, None, 0)
+    assert (theirs.attention_dropout, ours.attention_dropout) == (0.1, 0.25)
+    assert dataclasses.replace(ours, attention_dropout=0.1) == theirs
+
+
 def test_towers_of_two_shapes_are_refused():
     with pytest.raises(UserError, match="encoder.passage_name: .*bert and .*roberta are not two encoders of one shape"):
         models.start(section(passage_name=str(GOLDENS / "bert")), 200, None, 0)
