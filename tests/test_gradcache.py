@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import Source
 from test_contrastive import make_case
 
-from jdmdr import encoders, parallel
+from jdmdr import encoders, parallel, shapes
 from jdmdr.costs import sent_bytes
 from jdmdr.encoders.packed import pool
 from jdmdr.encoders.pooling import POOLINGS
@@ -106,6 +107,24 @@ def test_the_gradient_is_that_of_the_whole_batch_at_once(encoder):
     assert cached_loss == pytest.approx(loss, rel=1e-6)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(cached), strict=True):
         np.testing.assert_allclose(other, one, atol=2e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("grad_cache", [0, 6])
+def test_packed_rows_give_the_gradient_of_padded_chunks(grad_cache):
+    encoder, rng = transformer(), np.random.default_rng(2)
+    params = encoder.init(jax.random.key(1))
+    padded, packed = batch_of(12), batch_of(12)
+    for side, rows in (("queries", 12), ("passages", 12 * P)):
+        source = Source(rng.integers(1, 20, rows))
+        numbers = np.arange(rows)
+        padded[side] = shapes.Side(2, 20, packed=False).pack(source, numbers, (20, 20))
+        packed[side] = shapes.Side(3, 20, packed=True).pack(source, numbers, (61,))
+    loss, gradient = gradient_of(encoder, padded, 0)(params)
+    packed_loss, packed_gradient = gradient_of(encoder, packed, grad_cache)(params)
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(packed_gradient), strict=True):
+        np.testing.assert_allclose(other, one, atol=1e-5)
 
 
 def test_both_passes_have_the_same_dropout():
