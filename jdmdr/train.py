@@ -32,7 +32,7 @@ from jdmdr.types import UserError
 
 CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
 OWN = "objective.safetensors"  # the parameters that the objective brought
-HELD_UP = "save_seconds"  # that the step after a save began later for it
+HELD_UP = "save_seconds"  # that the step after the last save began later for it
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
 VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
 
@@ -117,7 +117,9 @@ def train(
             _account(log, bar, section, *pending)
         pending = step, metrics, {**figures, **held_up}
         bar.update()
-        done, held_up = step + 1, {}
+        done = step + 1
+        if done % section.log_every == 0:
+            held_up = {}
         asked, stopping = parallel.anywhere(stop.requested, mesh), asked()
         validating = done % section.checkpoint_every == 0 or done == section.steps
         if validating or stopping:

@@ -84,6 +84,9 @@ def test_log_has_every_step_and_every_validation_once(straight):
 
 def test_tensorboard_holds_the_figures_of_the_log(recipe, tmp_path):
     small_run(recipe, tmp_path, lambda params: 0.5, log_every=1)
+    assert (tmp_path / loop.LOG).read_text().count(
+        loop.HELD_UP
+    ) == 2  # saves at steps 2 and 4; no step follows the last
     (path,) = (tmp_path / "tensorboard").iterdir()
     data, events = path.read_bytes(), []
     while data:
