@@ -234,7 +234,7 @@ TRAINS = """
     log = open(f"{out}.ids{processes.index()}", "a")
 
     def put_batch(batch, mesh):
-        if "query_index_B" in batch:
+        if isinstance(batch, dict):  # no block of passages to encode
             log.write(json.dumps(batch["query_index_B"].tolist()) + "\\n")
             log.flush()
         return original(batch, mesh)
