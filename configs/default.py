@@ -90,6 +90,7 @@ def get_config():
     c.mine.index = "faiss"  # faiss | exact
     c.mine.factory = "Flat"  # faiss index factory string
     c.mine.negatives = 30  # negatives kept a query; short queries are filled up
+    c.mine.sample = "best"  # best | uniform: which of the candidates that the filters leave
     c.mine.texts = True  # writes them with their texts too, negatives/train_aug/LANG.jsonl: disk by texts x negatives
 
     c.cross_encoder = ConfigDict()  # reads query and passage together; filters.cross_encoder compare its scores
@@ -184,6 +185,18 @@ def get_config():
     c.distill.translations = ""  # directory of LANG.tsv, qid TAB query; data.root's queries of equal qids count too
     c.distill.shown = "ko"  # languages beside the source whose translations the report pictures, the first that has any
     c.distill.translate = ""  # languages that the model of `llm` translates the queries to, comma-separated
+
+    c.refresh = ConfigDict()  # negatives mined again by the model that trains (docs/ance.md)
+    c.refresh.mode = "off"  # off | inline (the trainer stops and mines) | async (a second process mines) | replay
+    c.refresh.every = placeholder(int)  # steps between two inline refreshes; None: train.checkpoint_every
+    c.refresh.poll = 100  # steps between two looks for a new version
+    c.refresh.chunks = 1  # a refresh mines for one part in so many of the queries, in turn; the others keep theirs
+    c.refresh.max_age = placeholder(int)  # steps that negatives may be old; None: three times train.checkpoint_every
+    c.refresh.on_stale = "warn"  # warn | wait | fail: what a run does whose negatives are older
+    c.refresh.keep = 3  # newest versions that stay on disk; 0: all, for a replay
+    c.refresh.replay = ""  # replay: the working directory whose versions are taken, at the steps of that run
+    c.refresh.start = True  # async: the trainer starts the second process; False: you do, on any host
+    c.refresh.devices = ""  # async: CUDA_VISIBLE_DEVICES of the process that the trainer starts
 
     c.weights = ConfigDict()  # language and topic weights of the loss (docs/dmdr.md)
     c.weights.a = 0.45  # mean language weight
@@ -329,9 +342,9 @@ def training():
     t.lang_temp = 1.0  # 1: languages by their size; 0: all alike
 
     t.objective = ConfigDict()
-    t.objective.name = "contrastive"  # contrastive | pairwise (STAR) | adore | distill_scores | distill_bitext
+    t.objective.name = "contrastive"  # contrastive | pairwise (STAR, ANCE) | adore | distill_scores | distill_bitext
     t.objective.mode = "example"  # contrastive: where the weights act: none | example | negative | literal_trainer
-    t.objective.negatives = "all"  # pairwise: all of the batch | own: the listed ones, everybody's, and no positives
+    t.objective.negatives = "all"  # pairwise: all of the batch | own: all listed ones, no positives | query: its own
     t.objective.top_k = 200  # adore: passages that a query retrieves in the step
     t.objective.metric_cut = placeholder(int)  # adore: ranks beyond it count nothing; to be given, top_k as a rule
     t.objective.metric = "mrr"  # adore: what a swap of two passages would change: mrr | ndcg
@@ -409,6 +422,7 @@ def smoke(config, arg, others=()):
                 section.query_length = section.passage_length = None
             config.judge.queries, config.judge.depth, config.judge.calibrate = 3, 4, 2
             config.expand.rounds, config.expand.depths = 1, (8,)
+            config.refresh.poll = 1
             config.mine.depth, config.evaluate.bootstrap, config.topics.clusters = 40, 100, 4
     return config
 

@@ -28,6 +28,8 @@ from jdmdr.objectives.pairwise import NEGATIVES
 from jdmdr.optim import OPTIMISERS
 from jdmdr.parallel import FSDP
 from jdmdr.planner import POLICIES
+from jdmdr.refresh import MODES as MODES_OF_REFRESH
+from jdmdr.refresh import ON_STALE, taken_path
 from jdmdr.tokenizer import AS_IN
 from jdmdr.topic_table import MAPPINGS
 from jdmdr.topics import METHODS as METHODS_OF_TOPICS
@@ -40,6 +42,9 @@ SYSTEMS = ("bm25", "warmup", "hybrid")  # names in metrics.json that a recipe ca
 CHOICES = {
     "mine.fusion": (*METHODS, CONCAT),
     "mine.index": SEARCHERS,
+    "mine.sample": ("best", "uniform"),
+    "refresh.mode": MODES_OF_REFRESH,
+    "refresh.on_stale": ON_STALE,
     "mine.pool": ("corpus", "positives"),
     "tokenizer.as_in": ("", *AS_IN),
     "topics.mapping": MAPPINGS,
@@ -74,6 +79,7 @@ SECTION_CHOICES = {
 }
 AT_LEAST = {
     "parallel.fsdp": 1, "parallel.heartbeat": 10, "parallel.stall": 0,
+    "refresh.poll": 1, "refresh.chunks": 1, "refresh.keep": 0,
     "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.window": 0, "encoder.query_length": 1, "encoder.passage_length": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.passage_chars": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
@@ -84,6 +90,8 @@ AT_LEAST = {
     "tune.chunk_rows": 1, "tune.learning_rate": 0, "tune.clip": 0, "tune.checkpoint_every": 1, "tune.shard_gb": 0,
 }  # fmt: skip
 OPTIONAL_AT_LEAST = {
+    "refresh.every": 1,
+    "refresh.max_age": 1,
     "judge.queries": 1,
     "llm.requests_per_minute": 1,
     "llm.max_calls": 0,
@@ -138,6 +146,7 @@ def check_config(config: ConfigDict) -> None:
         if how not in ("replicate", FSDP):
             raise UserError(f"parallel.rules has {how!r} for {pattern!r}; it is one of replicate, {FSDP}")
     _check_encoder(config)
+    _check_refresh(config)
     parse_fields(config.data.fields)
     for measure in parse_measures(config.evaluate.measures):
         cut = parse_measure(measure)[-1]
@@ -359,3 +368,26 @@ def _get(config: ConfigDict, key: str):
     for part in key.split("."):
         config = config[part]
     return config
+
+
+def _check_refresh(config: ConfigDict) -> None:
+    c, every = config.refresh, config.train.checkpoint_every
+    if c.mode != "off" and config.train.objective.name in (*SEARCHING, *DISTILLING):
+        raise UserError(
+            f"refresh.mode is {c.mode!r}, but what the objective {config.train.objective.name} compares is not mined with the "
+            "model that trains; set refresh.mode to 'off'"
+        )
+    if c.mode == "inline" and c.every and c.every % every:
+        raise UserError(
+            f"refresh.every is {c.every}, no multiple of train.checkpoint_every ({every}): a refresh takes the model of a "
+            "checkpoint"
+        )
+    if (c.mode == "replay") != bool(c.replay):
+        raise UserError(
+            f"refresh.replay is {c.replay!r} and refresh.mode {c.mode!r}; a replay needs the one to name a working directory and "
+            "the other to be 'replay'"
+        )
+    if c.mode == "replay" and not taken_path(c.replay).is_file():
+        raise UserError(
+            f"refresh.replay: {taken_path(c.replay)} does not exist; name the --workdir of a run that refreshed"
+        )

@@ -37,10 +37,10 @@ def together() -> ocp.options.MultiprocessingOptions:
 
 
 class Checkpoints:
-    """The checkpoints under `directory`."""
+    """The checkpoints under `directory`: the `latest` newest and the best."""
 
-    def __init__(self, directory: pathlib.Path):
-        keep = [checkpoint_managers.LatestN(n=1), checkpoint_managers.BestN(get_metric_fn=_rank, n=1)]
+    def __init__(self, directory: pathlib.Path, latest: int = 1):
+        keep = [checkpoint_managers.LatestN(n=latest), checkpoint_managers.BestN(get_metric_fn=_rank, n=1)]
         options = ocp.CheckpointManagerOptions(
             best_fn=lambda metrics: metrics["score"],  # without it orbax stores no metrics
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
@@ -70,6 +70,10 @@ class Checkpoints:
             force=True,
         )
         return time.monotonic() - began
+
+    def steps(self) -> list[int]:
+        """Those that are there, or being saved."""
+        return list(self._manager.all_steps())
 
     def latest(self) -> int | None:
         return self._manager.latest_step()

@@ -23,7 +23,7 @@ from typing import Any, NoReturn
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
-from jdmdr import processes, progress
+from jdmdr import heartbeat, processes, progress
 from jdmdr.types import UserError
 
 EXIT_FAULT, EXIT_USER_ERROR, EXIT_LOST, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 2, 3, 130, 143
@@ -71,7 +71,10 @@ def run(
 
         directory = pathlib.Path(values.workdir) if values.workdir else None
         with workdir.locked(directory) if writes else contextlib.nullcontext():
+            if writes and processes.leads():
+                heartbeat.start(directory, heartbeat.RUN)
             command(config, directory, values)
+            heartbeat.beat(now=True, stage=None, doing="finished", done=None, total=None)
     except UserError as error:
         _fail(str(error))
     except Exception as error:

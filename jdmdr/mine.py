@@ -5,11 +5,16 @@
 `mine.retrievers` names the ensemble (jdmdr/retrievers.py). For each language this writes one TREC run per retriever and
 one of the ensemble, the candidates (positives dropped by id), and every retriever's scores of the candidates and of the
 positives, as arrays. With `mine.fusion=concat` the dense retrievers are one index over their concatenated vectors.
+
+    python -m jdmdr.mine --follow WORKDIR
+
+mines beside a run that trains, again with each of its checkpoints (jdmdr/follow.py, docs/ance.md).
 """
 
 from __future__ import annotations
 
 import pathlib
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -253,6 +258,11 @@ def _rows(blocks: Sequence[np.ndarray], start: int, stop: int) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    from jdmdr import pipeline
+    if any(word.lstrip("-").partition("=")[0] == "follow" for word in sys.argv[1:]):
+        from jdmdr import follow
 
-    pipeline.command("mine", __doc__)
+        follow.command(__doc__)
+    else:
+        from jdmdr import pipeline
+
+        pipeline.command("mine", __doc__)

@@ -30,7 +30,7 @@ class MiningStages(Workspace):
         crossed = ("cross_encoder",) if c.cross_encoder.name else ()
         judged = pipeline.LLM_STAGES if c.llm.base_url else ()
         mined = {
-            key: value for key, value in plain["mine"].items() if key not in ("negatives", "texts")
+            key: value for key, value in plain["mine"].items() if key not in ("negatives", "texts", "sample")
         }  # these come behind
         return [
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
@@ -41,7 +41,7 @@ class MiningStages(Workspace):
             *(self._llm_stages(ensemble, needed, crossed, split) if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool,
-                   "texts": c.mine.texts, **split},
+                   "texts": c.mine.texts, "sample": c.mine.sample, **split},
                   ("corpus", "mine", *crossed, *judged)),
         ]  # fmt: skip
 
@@ -149,6 +149,11 @@ class MiningStages(Workspace):
                 yield expand.Language(lang, self.library, self.training, *directories, self.config)
 
     def select_negatives(self, out_dir: pathlib.Path) -> dict[str, Any]:
+        return self._select_negatives(out_dir, 0)
+
+    def _select_negatives(self, out_dir: pathlib.Path, version: int) -> dict[str, Any]:
         homes = self.directory / "judge", self.directory / "expand"
         outcome = functools.partial(expand.read, *homes) if self.config.llm.base_url else None
-        return negatives.make(self.library, self.training, self.directory / "mine", outcome, self.config, out_dir)
+        return negatives.make(
+            self.library, self.training, self.directory / "mine", outcome, self.config, out_dir, version
+        )

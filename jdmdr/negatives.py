@@ -8,7 +8,7 @@
     negatives/v00000/{lang}.score.npy     float32 [Q, N], score of that list; NaN for what was filled in
     negatives/v00000/{lang}.source.npy    uint8 [Q, N], index into SOURCES
 
-Version 0 is static; a method that mines again while it trains adds versions.
+Version 0 is static; a run that mines again while it trains adds versions of its own (jdmdr/versions.py).
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from jdmdr.library import Library, TrainingQuery, docid_lookup, used_in_training
 from jdmdr.mine import Mined, candidate_pool, read_mined
 from jdmdr.retrievers import Spec, parse
 from jdmdr.types import NO_HIT
+from jdmdr.versions import version_dir
 
 if TYPE_CHECKING:
     from jdmdr.expand import Outcome
@@ -80,8 +81,9 @@ class Selection(NamedTuple):
 def select(
     mined: Mined, ensemble: Sequence[Spec], queries: Sequence[TrainingQuery], base: int, collection: Collection, config: Any,
     rules: Sequence[Filter], seed: int, brought: Sequence[Sequence[Filler]] = (), barred: Sequence[set[int]] = (),
+    draw: int = 0,
 ) -> Selection:  # fmt: skip
-    """Filters the candidates, keeps the best of each query and fills up the short ones.
+    """Filters the candidates, keeps the best of each query, or a sample of them, and fills up the short ones.
 
     Filling follows DMDR's stage II: what new queries brought, then passages judged not relevant, then random ones of the pool,
     never a positive, nor what the judge found relevant, and none twice.
@@ -89,6 +91,7 @@ def select(
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
       config: the recipe's `mine` keys; `rules` are its filters, the judge's among them.
+      draw: numbers the samples of `mine.sample=uniform`.
       brought: a list a query, of what `jdmdr.expand` found for it; `barred` are the rows that are no random negatives of it.
     """
 
@@ -105,6 +108,13 @@ def select(
         np.broadcast_to(np.arange(1, reasons_QxK.shape[1] + 1, dtype=np.int32), reasons_QxK.shape),
         np.argsort(reasons_QxK != -1, axis=1, kind="stable"), 1,
     )  # fmt: skip
+    if config.sample == "uniform":
+        drawn_QxK = _sample(kept.rows_QxK != NO_HIT, count, [q.qid for q in queries], seed, draw)
+        kept = kept._replace(
+            rows_QxK=np.take_along_axis(kept.rows_QxK, drawn_QxK, 1),
+            scores_QxK=np.take_along_axis(kept.scores_QxK, drawn_QxK, 1),
+        )
+        rank_QxK = np.take_along_axis(rank_QxK, drawn_QxK, 1)
     shape = len(queries), count
     out = Negatives(
         np.full(shape, NO_HIT, np.int64), np.zeros(shape, np.int32), np.full(shape, np.nan, np.float32),
@@ -128,6 +138,16 @@ def select(
     return Selection(candidates, list(rules), reasons_QxK, out, counts)
 
 
+def _sample(there_QxK: np.ndarray, count: int, qids: Sequence[str], seed: int, draw: int) -> np.ndarray:
+    """Places of `count` candidates of each query, all equally likely, the better ones first; then the rest."""
+    out_QxK = np.empty(there_QxK.shape, np.int64)
+    for q, qid in enumerate(qids):
+        found, empty = np.flatnonzero(there_QxK[q]), np.flatnonzero(~there_QxK[q])
+        shuffled = hashing.rng(seed, "sampled negatives", qid, draw).permutation(found)
+        out_QxK[q] = [*np.sort(shuffled[:count]), *shuffled[count:], *empty]
+    return out_QxK
+
+
 def _fill(
     out: Negatives, q: int, query: TrainingQuery, never: set[int], brought: Sequence[Filler], judged: np.ndarray,
     pool: np.ndarray | range, seed: int,
@@ -145,10 +165,6 @@ def _fill(
             out.source_QxN[q, place], rows_N[place], out.rank_QxN[q, place], out.score_QxN[q, place] = filler
             taken.add(filler.row)
             place += 1
-
-
-def version_dir(directory: pathlib.Path, version: int) -> pathlib.Path:
-    return directory / f"v{version:05d}"
 
 
 def write(directory: pathlib.Path, lang: str, qids: Sequence[str], negatives: Negatives) -> None:
@@ -203,13 +219,14 @@ def training_rows(
 
 def make(
     library: Library, training: Sequence[TrainingQuery], mined_dir: pathlib.Path, outcome: Callable[[str], Outcome] | None,
-    config: Any, out_dir: pathlib.Path,
+    config: Any, out_dir: pathlib.Path, draw: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Selects the negatives of every language and explains the filters; returns the counts per language.
 
     Args:
       outcome: of the stages with a language model, for a language; None without them.
       config: the whole recipe.
+      draw: numbers the samples of `mine.sample=uniform`.
     """
     ensemble = parse(config.mine.retrievers)
     compared = next((spec.name for spec in ensemble if spec.dense), None)
@@ -234,7 +251,7 @@ def make(
             found = outcome(lang)
             rules = found.verdicts.join(rules, qids, docid, config.judge)
             more, notes = (found.fillers(qids, collection), found.barred(qids, collection)), found.notes()
-        selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed, *more)
+        selected = select(mined, ensemble, queries, base, collection, config.mine, rules, config.seed, *more, draw=draw)
         write(version_dir(out_dir, 0), lang, qids, selected.negatives)
         if config.mine.texts:
             rows = training_rows(queries, lang, base, collection, selected.negatives, notes)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 import numpy as np
 
-from jdmdr import alignment, encode, metrics, pictures, scores, workdir
+from jdmdr import alignment, encode, metrics, pictures, refresh, scores, workdir
 from jdmdr.corpus import passage_text
 from jdmdr.filters.explain import ALL, KINDS
 from jdmdr.llm import calibration
@@ -62,6 +62,7 @@ def gather(recipe: Recipe) -> dict[str, Any]:
         "counts": counts,
         "bias": _bias(workdir.read_json(bias)) if bias.exists() else [],
         "curves": pictures.curves("curves", {stage: _curves(directory / stage) for stage in ("warmup", "train")}),
+        "refreshes": _refreshes(directory / "train" / refresh.DIRECTORY / refresh.TAKEN),
         "shares": _shares(counts["train"]),
         "negatives": _negatives(directory) if "negatives" in stages else None,
         "judge": _judge(recipe) if "judge" in stages else None,
@@ -149,6 +150,22 @@ def _curves(run: pathlib.Path) -> dict[str, tuple[list[float], list[float]]]:
         return [step for step, _ in pairs], [value for _, value in pairs]
 
     return {"loss": of("loss"), "nDCG@10 on the held-out queries": of("valid_ndcg@10")}
+
+
+def _refreshes(taken: pathlib.Path) -> str:
+    """MRR of the models that mined, when training took what they found, and how much of it was new."""
+    if not taken.exists():
+        return ""
+    lines = [json.loads(line) for line in taken.read_text(encoding="utf-8").splitlines()]
+    adopted = [line for line in lines if "changed" in line]
+    if not adopted:
+        return ""
+    names = [f"{split}_{refresh.MEASURE}" for split in (refresh.DEV, refresh.VALID)]
+    name = next((name for name in names if all(name in line["metrics"] for line in adopted)), None)
+    quality = [(line["source_step"], line["metrics"][name]) for line in adopted] if name else []
+    changed = [(line["step"], line["changed"]) for line in adopted]
+    title = f"MRR@10 on {'dev' if name == names[0] else 'the held-out queries'}"
+    return pictures.refreshes("refreshes", title, quality, changed, lines[-1]["step"])
 
 
 def _shares(train: dict[str, Any]) -> str:

@@ -82,6 +82,26 @@ def curves(name: str, runs: Mapping[str, Mapping[str, tuple[Sequence[float], Seq
     return _svg(name, (8.2, 2.3 * len(runs)), draw)
 
 
+def refreshes(
+    name: str, title: str, quality: Sequence[tuple[int, float]], changed: Sequence[tuple[int, float]], last: int
+) -> str:
+    """(step, value) of the models that mined, beside (step, share) of the negatives that were new; a line where training took
+    them."""
+
+    def draw(figure: Any) -> None:
+        left, right = figure.subplots(1, 2)
+        for axis in (left, right):
+            for step, _ in changed:
+                axis.axvline(step, color=COLOURS[0], lw=0.8, ls=":")
+            axis.set(xlabel="step", xlim=(0, max(last, 1) * 1.03))
+        left.plot(*zip(*quality, strict=True) if quality else ([], []), color=COLOURS[6], lw=1.5, marker="o", ms=3.5)
+        left.set(title=title)
+        right.bar([step for step, _ in changed], [share for _, share in changed], max(last, 1) / 60, color=COLOURS[5])
+        right.set(title="share of the negatives that were new", ylim=(0, 1))
+
+    return _svg(name, (8.2, 2.5), draw)
+
+
 def shares(name: str, groups: Mapping[str, Mapping[str, tuple[float, float]]]) -> str:
     """`groups[title][label] = (wanted, had)`: a panel a title, what was aimed at beside what came of it."""
 

@@ -7,15 +7,26 @@ from collections.abc import Iterable
 
 import tqdm
 
-from jdmdr import processes
+from jdmdr import heartbeat, processes
+
+
+class _Bar(tqdm.tqdm):
+    """A bar that the heartbeat tells of too."""
+
+    def update(self, n: float | None = 1) -> bool | None:
+        shown = super().update(n)
+        if not self.disable:
+            heartbeat.beat(doing=self.desc.strip(), unit=self.unit.strip(), done=self.n, first=self.initial,
+                           total=self.total, began=self.start_t)  # fmt: skip
+        return shown
 
 
 def bar(iterable: Iterable | None, what: str, unit: str, total: int | None = None, initial: int = 0) -> tqdm.tqdm:
     """A bar on stderr; in a log file it prints a line every 30 seconds at most."""
     interactive = sys.stderr.isatty()
-    return tqdm.tqdm(iterable, desc=f"{what:<18}", unit=f" {unit}", total=total, initial=initial, dynamic_ncols=interactive,
-                     mininterval=0.2 if interactive else 30, maxinterval=1 if interactive else 60,
-                     ascii=None if interactive else True, leave=True, disable=not processes.leads())  # fmt: skip
+    return _Bar(iterable, desc=f"{what:<18}", unit=f" {unit}", total=total, initial=initial, dynamic_ncols=interactive,
+                mininterval=0.2 if interactive else 30, maxinterval=1 if interactive else 60,
+                ascii=None if interactive else True, leave=True, disable=not processes.leads())  # fmt: skip
 
 
 def say(line: str) -> None:

@@ -5,6 +5,7 @@ What several stages read stands in `workspace.py`, and the stages that mine in `
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -19,6 +20,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from jdmdr import (
+    batches,
     corpus,
     distill,
     embeddings,
@@ -33,6 +35,7 @@ from jdmdr import (
     pipeline,
     processes,
     progress,
+    refresh,
     report,
     section_pairs,
     sources,
@@ -89,6 +92,8 @@ class Recipe(MiningStages, TeachingStages):
         read = ("bitext",) if trained and distill.has_bitext(c) else ()
         learned = [*(["embeddings-warmup"] if searching else []), *(["negatives"] if mined else []),
                    *([] if distilling else ["topics"]), *(stage.name for stage in teaching)]  # fmt: skip
+        refreshing = {"refresh": {k: v for k, v in plain["refresh"].items() if k not in ("start", "devices", "replay")}}
+        refreshing = refreshing if c.refresh.mode != "off" else {}
         given = embeddings.files(pathlib.Path(c.encode.passages), sorted(self.files)) if c.encode.passages else ()
         every = [
             Stage("corpus", self.ingest, {"langs": sorted(self.files), "fields": c.data.fields, "separator": c.data.separator}, files=tuple(raw), shared=True),
@@ -108,8 +113,9 @@ class Recipe(MiningStages, TeachingStages):
             *[stage for stage in teaching if stage.name != "bitext"],
             *([] if distilling else [Stage("topics", self.label_topics, {**plain["topics"], **split},
                   ("corpus", "tokenizer", "warmup", "embeddings-warmup"), topics.files(c.topics))]),
-            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **split},
+            Stage("train", self.train, {"train": plain["train"], "weights": plain["weights"], **refreshing, **split},
                   ("corpus", "tokens", *cloze["train"], "warmup", *learned),
+                  (refresh.taken_path(c.refresh.replay),) if c.refresh.mode == "replay" else (),
                   volatile=VOLATILE, precious=True, shared=True),
             Stage("embeddings", self.embed_last, plain["encode"],
                   ("tokens", "train", *(["embeddings-warmup"] if searching else [])), shared=True),
@@ -189,7 +195,7 @@ class Recipe(MiningStages, TeachingStages):
 
     def _run_training(
         self, out_dir: pathlib.Path, section: Any, encoder_config: Any, params: Any, found: Any, langs: Sequence[str],
-        topic_names: Sequence[str], base: str | None,
+        topic_names: Sequence[str], base: str | None, refreshing: refresh.Refresh | None = None,
     ):  # fmt: skip
         """Trains on the sources `found`, whose labels are of `langs` and `topic_names`."""
         c = self.config
@@ -225,7 +231,7 @@ class Recipe(MiningStages, TeachingStages):
         objective = objectives.build(section.objective, encoder_config, self.mesh, made_of)
         params, counts = train.train(
             section, encoder, params, objective, make_batch, shapes, validation, out_dir, c.seed, self.mesh, base,
-            fsdp=c.parallel.fsdp, rules=c.parallel.rules, stall=c.parallel.stall,
+            fsdp=c.parallel.fsdp, rules=c.parallel.rules, stall=c.parallel.stall, refresh=refreshing,
         )  # fmt: skip
         if section.steps:
             counts |= sources.shares(found[0], section, c.seed, langs, topic_names)
@@ -325,8 +331,31 @@ class Recipe(MiningStages, TeachingStages):
         if c.train.objective.name not in objectives.SEARCHING:
             version = negatives.version_dir(self.directory / "negatives", 0)
         training_set = sources.labelled(self.training, self.stores, self.library, version, labels, c.weights.inherit)
-        found, langs = self._with_cloze(training_set, c.train), self.library.langs
-        return self._run_training(out_dir, c.train, encoder_config, params, found, langs, topics.names(c.topics), base)
+        first, *others = self._with_cloze(training_set, c.train)
+        refreshing = self._refresh(out_dir, training_set.negatives, encoder_config)
+        found = [first._replace(refresh=refreshing), *others]
+        with contextlib.closing(refreshing) if refreshing else contextlib.nullcontext():
+            counts = self._run_training(
+                out_dir, c.train, encoder_config, params, found, self.library.langs, topics.names(c.topics), base, refreshing
+            )  # fmt: skip
+        if refreshing and processes.leads():
+            refresh.tidy(out_dir / refresh.DIRECTORY)
+        return counts
+
+    def _refresh(self, out_dir: pathlib.Path, first: batches.Ragged, encoder_config: Any) -> refresh.Refresh | None:
+        """What chooses the version of the negatives of each step; None where they stay as they are."""
+        from jdmdr import follow  # late: it builds on recipes
+
+        c = self.config
+        if c.refresh.mode == "off":
+            return None
+        used = [q for q in self.training if not q.held_out]
+        return refresh.Refresh(
+            c.refresh, c.train.checkpoint_every, refresh.Version(0, 0, first), out_dir / refresh.DIRECTORY,
+            lambda version: sources.mined_negatives(used, self.library, version), refresh.fingerprint(self.directory),
+            self.mesh, lambda step, params: follow.refresh_next(c, self.directory, step, (encoder_config, params)),
+            refresh.prepare(c, self.directory),
+        )  # fmt: skip
 
     def evaluate(self, out_dir: pathlib.Path) -> dict[str, Any]:
         systems = ("bm25", *([] if self.evaluates_alone else ["warmup"]), self.config.name)

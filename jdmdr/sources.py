@@ -14,6 +14,7 @@ from jdmdr.cloze import inverse_cloze
 from jdmdr.hashing import hash_array
 from jdmdr.library import TRAIN, Library, TrainingQuery
 from jdmdr.planner import Planner
+from jdmdr.refresh import Refresh
 from jdmdr.shapes import OwnRows
 from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import NO_HIT, Tokens, UserError
@@ -75,12 +76,17 @@ def labelled(
     )
     if version is None:
         return found
+    return found._replace(negatives=mined_negatives(used, library, version))
+
+
+def mined_negatives(used: Sequence[TrainingQuery], library: Library, version: pathlib.Path) -> Ragged:
+    """The negatives of the training queries in a version of the store, as global rows; KeyError where a query lacks."""
     mined: dict[tuple[int, str], np.ndarray] = {}
     for index, lang in enumerate(library.langs):
         qids, stored = negatives.read(version, lang)
         for qid, rows in zip(qids, np.asarray(stored.rows_QxN), strict=True):
             mined[index, qid] = rows[rows != NO_HIT] + library.bases[index]
-    return found._replace(negatives=Ragged.of(mined[q.lang, q.qid] for q in used))
+    return Ragged.of(mined[q.lang, q.qid] for q in used)
 
 
 def cloze(directory: pathlib.Path, library: Library, vocab_size: int) -> TrainingSet:
@@ -138,6 +144,7 @@ class Source(NamedTuple):
     training_set: TrainingSet
     share: float
     passages_per_query: int
+    refresh: Refresh | None = None  # whose negatives stand in for the training set's
 
 
 def batch_maker(
@@ -167,10 +174,15 @@ def batch_maker(
     def make(step: int) -> tuple[dict, dict]:
         index, own_step = batches.interleave(step, [s.share for s in sources], seed)
         source, planner, shapes, tables = planned[index]
+        training_set = source.training_set
+        if source.refresh:
+            training_set = training_set._replace(negatives=source.refresh.negatives())
         batch, figures = batches.make_batch(
-            source.training_set, planner, own_step, passages_per_query=source.passages_per_query, seed=seed,
+            training_set, planner, own_step, passages_per_query=source.passages_per_query, seed=seed,
             shapes=shapes, weights=tables, own=own,
         )  # fmt: skip
+        if source.refresh:
+            figures |= source.refresh.figures(step)
         return batch, {**figures, "source": index}
 
     hard = sources[0].passages_per_query - 1

@@ -8,6 +8,7 @@ brings everything that training reads up to date first (see jdmdr/pipeline.py), 
 from __future__ import annotations
 
 import faulthandler
+import functools
 import json
 import pathlib
 import signal
@@ -27,14 +28,17 @@ from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
 from jdmdr.objectives import Objective
 from jdmdr.optim import make_optimiser
+from jdmdr.refresh import DIRECTORY as REFRESH
+from jdmdr.refresh import Refresh
 from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
 
+READ_BY_OTHERS = 3  # latest checkpoints that are kept where another process reads them
 CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
 OWN = "objective.safetensors"  # the parameters that the objective brought
 HELD_UP = "save_seconds"  # that the step after the last save began later for it
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
-VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", LOG)
+VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", f"{REFRESH}/*", LOG)
 
 
 def train(
@@ -53,6 +57,7 @@ def train(
     fsdp: int = 1,
     rules: Sequence[tuple[str, str]] = (),
     stall: float = 0,
+    refresh: Refresh | None = None,
 ) -> tuple[Any, dict[str, Any]]:
     """Trains for `section.steps` steps and returns the best parameters and the run's counts.
 
@@ -71,6 +76,7 @@ def train(
       base: the checkpoint that `params` are, for the adapters to name; None where they are of no checkpoint.
       fsdp, rules: how the state is split over the devices (`parallel.shardings`).
       stall: seconds without the end of a step after which the stacks of all threads are printed, again and again; 0: off.
+      refresh: chooses the version of the negatives of each step, which `make_batch` reads.
 
     Raises:
       UserError: the checkpoint is corrupt, or `section.max_skipped` updates in a row were not finite.
@@ -89,7 +95,7 @@ def train(
         return trainable.assemble(state["params"], state.get("frozen", {}), section.lora)[0]
 
     # --- resume --------------------------------------------------------------------------------------------------
-    checkpoints = Checkpoints(out_dir / CHECKPOINTS)
+    checkpoints = Checkpoints(out_dir / CHECKPOINTS, READ_BY_OTHERS if refresh else 1)
     latest = checkpoints.latest()
     if latest is None:
         first = 0
@@ -104,7 +110,11 @@ def train(
         log = _Log(out_dir, first)
 
     # --- loop ----------------------------------------------------------------------------------------------------
-    iterator = batches.batch_iterator(make_batch, first, section.steps)
+    if refresh:
+        refresh.saved(first, section.steps, functools.partial(encoder_params, state), checkpoints.steps())
+        iterator = refresh.batches(make_batch, first, section.steps, lambda: stop.requested)
+    else:
+        iterator = batches.batch_iterator(make_batch, first, section.steps)
     bar = progress.bar(None, "  training", "steps", total=section.steps, initial=first)
     pending = None  # the metrics of the step before: fetched while the device works on the next one
     asked = lambda: False  # whether a process was told to stop before that step
@@ -130,6 +140,8 @@ def train(
             score = validate(encoder_params(state)) if validating else None
             log.validation(done, measure, score)
             held_up = {HELD_UP: round(checkpoints.save(done, _saved(state), _score(score)), 4)}
+            if refresh and not stopping:
+                refresh.saved(done, section.steps, functools.partial(encoder_params, state), checkpoints.steps())
         if stopping:
             checkpoints.close()
             log.close()

@@ -20,7 +20,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from jdmdr import __version__, processes
+from jdmdr import __version__, heartbeat, processes
 from jdmdr.types import UserError
 
 MANIFEST, PLAN = "manifest.json", "plan.json"
@@ -189,6 +189,7 @@ def bring_up_to_date(stage: Stage, workdir: pathlib.Path, redo: bool, say: Calla
     promise = processes.from_first(lambda: _begin(stage, workdir, redo, say))
     if promise is None:
         return
+    heartbeat.beat(now=True, stage=stage.name, doing=None, done=None, total=None)
 
     def finish(counts: Mapping[str, Any]) -> None:
         write_json(directory / MANIFEST, {**promise, "counts": counts, "files": _written(stage, directory)})

@@ -24,8 +24,8 @@ def _mined(queries, rows_QxK):
     return Mined(rows_QxK, scores, {"warmup": (scores, np.full((len(queries), 1), 2, np.float32))})
 
 
-def _select(library, queries, rows_QxK, count, pool="corpus", seed=0):
-    config = ConfigDict({"negatives": count, "pool": pool})
+def _select(library, queries, rows_QxK, count, pool="corpus", seed=0, sample="best"):
+    config = ConfigDict({"negatives": count, "pool": pool, "sample": sample})
     found = negatives.select(
         _mined(queries, rows_QxK),
         parse("warmup"),
@@ -48,6 +48,20 @@ def test_best_candidates_come_first_with_their_mined_rank_and_score(library, que
         assert [rows[q][rank - 1] for rank in chosen.rank_QxN[q]] == expected
     assert dict(counts["dropped"])["positive"] == len(queries) and counts["sources"]["random"] == 0
     assert counts["kept"] + len(queries) == counts["candidates"] == 24 * len(queries)
+
+
+def test_a_uniform_sample_of_the_candidates_keeps_their_rank_and_score_best_first(library, queries):
+    rows = np.stack([np.random.default_rng(i).permutation(24) for i in range(len(queries))])
+    chosen, _ = _select(library, queries, rows, 5, sample="uniform")
+    scores = np.linspace(1, 0.1, 24).astype(np.float32)
+    beyond = 0
+    for q, query in enumerate(queries):
+        ranks = chosen.rank_QxN[q].tolist()
+        assert ranks == sorted(set(ranks)) and rows[q][np.array(ranks) - 1].tolist() == chosen.rows_QxN[q].tolist()
+        assert not set(chosen.rows_QxN[q] + 24) & set(query.positives)
+        np.testing.assert_array_equal(chosen.score_QxN[q], scores[np.array(ranks) - 1])
+        beyond += max(ranks) > 8
+    assert beyond > 0
 
 
 def test_short_queries_are_filled_with_judged_then_random_passages_never_a_positive_none_twice(library, queries):

@@ -19,6 +19,10 @@ def oracle(q_BxD, p_NxD, batch, negatives, temperature=TEMPERATURE):
         known = set(batch["positive_ids_BxM"][i].tolist())
         for j in range(len(p_NxD)):
             repeated = ids[j] in ids[:j]
+            if negatives == "query":  # its own alone, whoever else has the same
+                if j // (len(p_NxD) // len(q_BxD)) == i and j != target[i] and ids[j] not in known:
+                    losses.append(np.log1p(np.exp(scores[i, j] - scores[i, target[i]])))
+                continue
             if j == target[i] or ids[j] in known or repeated or (negatives == "own" and j in target):
                 continue
             losses.append(np.log1p(np.exp(scores[i, j] - scores[i, target[i]])))
@@ -44,6 +48,21 @@ def test_golden_value_of_star():
     loss, metrics = pairwise_loss(np.eye(2, dtype=np.float32), passages, batch, temperature=1.0, negatives="all")
     assert float(loss) == pytest.approx(0.585728, abs=1e-6)
     assert float(metrics["pairs"]) == 5
+
+
+def test_golden_value_of_ance_and_a_negative_that_two_queries_share():
+    # s+ = 3, s- = 2 for both; the second query has the first one's negative, and the first one's positive stays out
+    batch = {
+        "target_B": np.array([0, 2]),
+        "passage_ids_N": np.array([0, 7, 1, 7]),
+        "first_N": np.array([True, True, True, False]),
+        "positive_ids_BxM": np.array([[0, -1], [1, -1]]),
+    }
+    passages = np.array([[3, 0], [2, 0], [3, 0], [2, 0]], np.float32)
+    queries = np.array([[1, 0], [1, 0]], np.float32)
+    loss, metrics = pairwise_loss(queries, passages, batch, temperature=1.0, negatives="query")
+    assert float(loss) == pytest.approx(0.313262, abs=1e-6)
+    assert float(metrics["pairs"]) == 2
 
 
 @pytest.mark.parametrize("P", [2, 3, 5])

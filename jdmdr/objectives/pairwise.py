@@ -5,14 +5,15 @@ without the targets:
 
     L = sum_ij M_ij softplus(S_ij - S_{i,t_i}) / sum_ij M_ij
 
-`negatives` chooses the columns. `all`: the other queries' positives and everybody's negatives; with static hard negatives
+`negatives` chooses the columns. `query`: each query's own listed negatives alone; with one that the model itself ranked high
+this is ANCE, whose -log softmax([s+, s-]) is softplus(s- - s+). `all`: the other queries' positives and everybody's negatives; with static hard negatives
 this is STAR, with one passage a query Inbatch-Neg. `own`: the negatives that batches list (each for every query) and no
 positive; with negatives drawn from the whole corpus this is Rand-Neg.
 
 It is a mean over pairs and not a softmax: an easy pair counts little because its gradient vanishes. A passage that
 stands twice in a batch counts once here; the original counts it twice.
 
-Source: Zhan et al., "Optimizing Dense Retrieval Model Training with Hard Negatives" (SIGIR 2021), section 4, pooled as
+Sources: Zhan et al., "Optimizing Dense Retrieval Model Training with Hard Negatives" (SIGIR 2021), section 4, pooled as
 in the authors' code.
 """
 
@@ -30,7 +31,7 @@ from jdmdr.objectives.blockwise import similarities
 from jdmdr.objectives.contrastive import encode_sides, valid_columns
 from jdmdr.objectives.protocol import Collections, Objective
 
-NEGATIVES = ("all", "own")
+NEGATIVES = ("all", "own", "query")
 
 
 def make_objective(config: Any, mesh: Mesh | None = None, collections: Collections | None = None) -> Objective:
@@ -56,6 +57,8 @@ def pairwise_loss(
       The scalar loss, and `loss`, `accuracy_at_1` (the positive beats every valid negative), `positive_score` (mean
       similarity, undivided) and `pairs` (how many the loss is a mean over).
     """
+    if negatives == "query":
+        return _own_pairs(q_BxD, p_NxD, batch, temperature)
     N = p_NxD.shape[0]
     scores_BxN = similarities(q_BxD, p_NxD) / temperature
     is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
@@ -63,6 +66,21 @@ def pairwise_loss(
     if negatives == "own":
         is_negative_BxN &= ~is_target_BxN.any(axis=0)
     target_Bx1 = jnp.take_along_axis(scores_BxN, batch["target_B"][:, None], axis=1)
+    return _mean_over_pairs(scores_BxN, target_Bx1, is_negative_BxN, temperature)
+
+
+def _own_pairs(q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], temperature: float | jax.Array):
+    """Each query with the passages that follow its positive; one that is another known positive of it makes no pair."""
+    B = q_BxD.shape[0]
+    p_BxPxD = p_NxD.reshape(B, -1, p_NxD.shape[1])
+    scores_BxP = jnp.einsum("bd,bpd->bp", q_BxD, p_BxPxD, preferred_element_type=jnp.float32) / temperature
+    ids_BxP = batch["passage_ids_N"].reshape(B, -1)
+    known_BxP = (ids_BxP[:, :, None] == batch["positive_ids_BxM"][:, None, :]).any(axis=2)
+    is_negative_BxP = ~known_BxP & (jnp.arange(ids_BxP.shape[1]) > 0)
+    return _mean_over_pairs(scores_BxP, scores_BxP[:, :1], is_negative_BxP, temperature)
+
+
+def _mean_over_pairs(scores_BxN, target_Bx1, is_negative_BxN, temperature) -> tuple[jax.Array, dict[str, jax.Array]]:
     pairs = is_negative_BxN.sum()
     losses_BxN = jnp.where(is_negative_BxN, jax.nn.softplus(scores_BxN - target_Bx1), 0.0)
     loss = losses_BxN.sum() / jnp.maximum(pairs, 1)
