@@ -118,7 +118,7 @@ class Refresh:
                 self._look(step, stopping)
             until = next((s for s in range(step + 1, steps) if self._looks_at(s)), steps)
             for batch in batches.batch_iterator(make_batch, step, until):
-                heartbeat.beat(step=step, steps=steps, **self.figures(step))
+                heartbeat.beat(step=step + 1, steps=steps, **self.figures(step))
                 step += 1
                 yield batch
 

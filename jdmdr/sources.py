@@ -188,6 +188,8 @@ def batch_maker(
     hard = sources[0].passages_per_query - 1
     others = (section.batch_size - 1) * (hard + 1)
     sentence = f"each query sees 1 positive, {hard} hard negatives and {others} in-batch passages"
+    if section.objective.name == "pairwise" and section.objective.negatives == "query":
+        sentence = f"each query sees 1 positive and {hard} hard negatives of its own"
     if hard < 0:
         sentence = f"each query sees the {section.objective.top_k} passages that it retrieves in the step"
     return make, sum(len(shapes.profiles) for _, _, shapes, _ in planned), sentence
