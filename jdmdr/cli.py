@@ -74,7 +74,7 @@ def run(
             if writes and processes.leads():
                 heartbeat.start(directory, heartbeat.RUN)
             command(config, directory, values)
-            heartbeat.beat(now=True, stage=None, doing="finished", done=None, total=None)
+            heartbeat.finish()
     except UserError as error:
         _fail(str(error))
     except Exception as error:

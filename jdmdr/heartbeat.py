@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import pathlib
 import socket
@@ -28,14 +29,18 @@ class _Own:
     directory: pathlib.Path | None = None
     role = ""
     facts: dict[str, Any] = {}
-    last = 0.0
+    last = -math.inf
 
 
 def start(workdir: pathlib.Path, role: str) -> None:
-    """From here on this process's heartbeats and events go to `workdir/status`."""
-    _Own.directory, _Own.role, _Own.facts, _Own.last = workdir / DIRECTORY, role, {}, 0.0
-    _Own.directory.mkdir(parents=True, exist_ok=True)
-    beat(now=True)
+    """From here on this process's heartbeats and events go to `workdir/status`; the first one comes with the first work."""
+    _Own.directory, _Own.role, _Own.facts, _Own.last = workdir / DIRECTORY, role, {}, -math.inf
+
+
+def finish() -> None:
+    """Tells that the work is done, if there was any."""
+    if _Own.last > -math.inf:
+        beat(now=True, stage=None, doing="finished", done=None, total=None)
 
 
 def beat(now: bool = False, **facts: Any) -> None:
@@ -48,6 +53,7 @@ def beat(now: bool = False, **facts: Any) -> None:
     path = _Own.directory / f"{_Own.role}.json"
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     with contextlib.suppress(OSError):  # a full disk is told by who writes something that matters
+        path.parent.mkdir(exist_ok=True)
         partial.write_text(json.dumps(told, sort_keys=True), encoding="utf-8")
         os.replace(partial, path)
 
@@ -58,6 +64,7 @@ def event(name: str, **facts: Any) -> None:
         return
     line = json.dumps({"time": time.time(), "event": name, **facts}, sort_keys=True) + "\n"
     with contextlib.suppress(OSError):
+        _Own.directory.mkdir(exist_ok=True)
         descriptor = os.open(_Own.directory / f"{_Own.role}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
         try:
             os.write(descriptor, line.encode())
