@@ -47,7 +47,9 @@ class Checkpoints:
             cleanup_tmp_directories=True,
             enable_async_checkpointing=True,
             multiprocessing_options=together(),
+            create=False,  # which orbax refuses to do for one process among several
         )
+        directory.mkdir(parents=True, exist_ok=True)
         self._directory = directory
         try:
             self._manager = ocp.CheckpointManager(directory.resolve(), options=options, item_names=("state", "data"))

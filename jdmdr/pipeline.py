@@ -86,6 +86,8 @@ def staged(
     """The main function of a command with stages of its own: brings `target` up to date and prints the table of what it wrote."""
 
     def bring_and_print(config: ConfigDict, directory: pathlib.Path, values: flags.FlagValues) -> None:
+        if processes.count() > 1:
+            raise UserError("this command runs in one process, on all devices of its machine; start it once")
         bring(stages(config, directory), directory, target, values.redo)
         print(table(directory))
 
