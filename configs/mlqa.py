@@ -16,8 +16,8 @@ overlap, lower-cased, and normalised every language's answers as English, so exp
     + RR         68.3         67.7         61.9         58.1         56.8         65.2         60.7         63.1         62.7
     + QLM + RR   73.2 (58.9)  71.6 (57.1)  62.3 (45.6)  61.3 (45.4)  61.4 (44.6)  68.3 (46.7)  65.9 (43.5)  65.5 (43.1)  66.2
 
-XQuAD-R serves as a stand-in (the answer is a sentence in its paragraph), not measured yet: --config.spans.data=DIR
---config.spans.train_split=test-clean --config.spans.test_split=clean --config.spans.max_answer=96
+XQuAD-R serves as a stand-in (the answer is a sentence in its paragraph): --config.spans.data=DIR
+--config.spans.train_split=test-clean --config.spans.test_split=clean --config.spans.max_answer=96 (docs/results.md).
 """
 
 from configs import default

@@ -214,7 +214,7 @@ def tiny(finished, module, arg="smoke"):
     with config.unlocked():
         config.data, config.tokenizer = base.data, base.tokenizer
         config.data.splits = "test,to_en=test:test:en"
-        config.distill.teacher = str(finished.directory / "export")
+        config.distill.teacher, config.encoder.width = str(finished.directory / "export"), base.encoder.width
     return config
 
 
