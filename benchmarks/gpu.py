@@ -134,7 +134,7 @@ class Training:
         )  # fmt: skip
         section = SimpleNamespace(
             optimiser="adamw", learning_rate=RATE, learning_rates=(), warmup_share=0.0, decay="constant",
-            steps=len(steps), weight_decay=0.0, no_decay="", clip=CLIP,
+            steps=len(steps), horizon=None, weight_decay=0.0, no_decay="", clip=CLIP,
         )  # fmt: skip
         optimiser = optim.make_optimiser(section, params)
         self.state = step.init_state(params, optimiser)

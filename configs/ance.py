@@ -6,7 +6,7 @@ trains, and starts beside itself the process that encodes, searches and mines wi
 set of devices let the trainer mine itself: --config.refresh.mode=inline. Watch both: python -m jdmdr.status runs/ance.
 
 Behind the colon: ance (default), transformer (from a checkpoint: --config.encoder.name=NAME), msmarco (the published settings of
-FirstP on passages, below), or smoke.
+FirstP on passages), dpr (those of Natural Questions and TriviaQA), or smoke.
 
 The default trains the quickstart's encoder from scratch, warm-up included: 2 CPU cores, 4 GB of memory, a few minutes on
 tinypedia. What it brings over static negatives at that size is not measured yet.
@@ -16,11 +16,18 @@ msmarco is RoBERTa-base from the published BM25 warm-up on MS MARCO passages (do
 Hardware: not measured here; the original trained on 4 GPUs and mined on 4 others, 600k steps.
 Expected, passages, dev MRR@10 / R@1k .330 / .959, DL 2019 nDCG@10 .648; the warm-up has .311 (Xiong et al., ICLR 2021, and the
 authors' repository, microsoft/ANCE).
+
+dpr is two BERT towers from DPR's checkpoint, on Wikipedia's passages and questions with answer strings (docs/data.md tells how
+DPR's files become a data root with answers/en.train.jsonl; docs/models.md what --config.encoder.name may be):
+    --config configs/ance.py:dpr --config.data.root=NQ --config.encoder.name=DPR --config.refresh.devices=8,9,10,11,12,13,14,15
+    python -m jdmdr.answers WORKDIR/evaluate/test.ance.en.trec --match=tokens --corpus=WORKDIR/corpus/en --answers=NQ/answers/en.test.jsonl
+Hardware: not measured here; the original trained on 8 GPUs and mined on 8 others. Expected, top-20 / top-100 on the test
+questions: .819 / .875 (Natural Questions) and .803 / .853 (TriviaQA), DPR itself .784 / .854 and .794 / .850 (the paper).
 """
 
 from configs import default, quickstart, star
 
-VARIANTS = ("ance", "transformer", "msmarco")
+VARIANTS = ("ance", "transformer", "msmarco", "dpr")
 
 
 def get_config(arg="ance"):
@@ -33,6 +40,8 @@ def get_config(arg="ance"):
             star.from_checkpoint(c, 1e-5)
         if variant == "msmarco":
             msmarco(c)
+        if variant == "dpr":
+            dpr(c)
     return default.smoke(c, rest, VARIANTS)
 
 
@@ -56,6 +65,22 @@ def msmarco(c):
     star.from_checkpoint(c, 1e-6)
     star.optimise_and_evaluate(c)
     t = c.train
-    t.weight_decay, t.batch_size, t.steps, t.warmup_share = 0.0, 64, 600_000, 0.005
+    t.weight_decay, t.batch_size = 0.0, 64
+    t.steps, t.horizon, t.warmup_share = 600_000, 1_000_000, 0.005
     t.objective.temperature, t.checkpoint_every = 1.0, 10_000
     c.refresh.poll, c.refresh.chunks = 100, 5
+
+
+def dpr(c):
+    """The settings of the authors' code for DPR's questions: in the batch every question sees all positives and negatives."""
+    c.data.separator, c.data.splits, c.data.valid_share = "[SEP]", "dev,test=test:none:own", 0.02
+    c.encoder.name, c.encoder.pooling, c.encoder.normalize = "bert-base-uncased", "cls", False
+    c.encoder.towers, c.encoder.query_length, c.encoder.passage_length = "untied", 256, 256
+    c.mine.depth, c.mine.negatives, c.mine.sample, c.mine.least = 100, 100, "best", 2
+    c.filters.answers = c.data.get_ref("root") + "/answers/{lang}.train.jsonl"
+    star.from_checkpoint(c, 1e-5)
+    t = c.train
+    t.objective.name, t.objective.mode, t.objective.temperature = "contrastive", "none", 1.0
+    t.weight_decay, t.clip, t.batch_size, t.checkpoint_every = 0.0, 2.0, 128, 1000
+    t.steps, t.warmup_share = 300_000, 1000 / 300_000
+    c.refresh.poll = 100

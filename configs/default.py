@@ -90,6 +90,7 @@ def get_config():
     c.mine.index = "faiss"  # faiss | exact
     c.mine.factory = "Flat"  # faiss index factory string
     c.mine.negatives = 30  # negatives kept a query; short queries are filled up
+    c.mine.least = placeholder(int)  # None: fill up; a number: do not, and train without the queries that have fewer
     c.mine.sample = "best"  # best | uniform: which of the candidates that the filters leave
     c.mine.texts = True  # writes them with their texts too, negatives/train_aug/LANG.jsonl: disk by texts x negatives
 
@@ -109,6 +110,7 @@ def get_config():
     c.filters.absolute_margin = placeholder(float)  # keep scores below s+ - m, s+ the lowest positive's
     c.filters.relative_margin = placeholder(float)  # keep scores below s+ - m |s+|
     c.filters.percent_of_positive = placeholder(float)  # keep scores below p s+
+    c.filters.answers = ""  # drop what holds an answer of the query: file of jdmdr.questions, {lang} in it; empty: off
     c.filters.cross_encoder = ConfigDict()  # the same over the cross-encoder's probabilities of being relevant
     c.filters.cross_encoder.max_score = placeholder(float)
     c.filters.cross_encoder.absolute_margin = placeholder(float)
@@ -381,6 +383,7 @@ def training():
     t.learning_rate = 2e-5  # peak
     t.learning_rates = ()  # ((regex on the parameter's path, peak), ...): first match wins
     t.warmup_share = 0.1  # of the steps, linear rise
+    t.horizon = placeholder(int)  # steps that warmup_share and decay are counted over; None: those of the run
     t.decay = "linear"  # linear (to 0) | constant
     t.weight_decay = 0.0
     t.no_decay = ""  # regex on the paths of parameters that do not decay, e.g. "bias$|_norm/scale$"

@@ -4,10 +4,14 @@
 
     --corpus DIR     the passages: WORKDIR/corpus/LANG of a working directory
     --answers FILE   what jdmdr.questions wrote
+    --match NAME     when a text holds an answer. text (the default): as a string, NFC, case and blanks aside. tokens: DPR's way,
+                     the answer's tokens one after another among the text's, NFD and lower-case; a token is a run of letters,
+                     digits and marks, or one other character that is no blank
     --out FILE       JSON of all figures
 
-    Acc@k     share of questions that one of the first k passages answers: it holds one of the answers, NFC, case and blanks
-              aside; passages are looked at one by one, so that an answer across two of them does not count
+    Acc@k     share of questions that one of the first k passages answers: it holds one of the answers; passages are looked at one
+              by one, without their titles, so that an answer across two of them does not count. DPR's top-20 and top-100 retrieval
+              accuracy are Acc@20 and Acc@100 with --match=tokens
     MRR@k     mean reciprocal rank of the first such passage among k
     R@2kt     share that is answered within the first 2,000 words of the passages in their order; R@5kt: 5,000 (XOR-TyDi's
               measures; its own script counts words as NLTK does, this one by letters and digits)
@@ -16,7 +20,8 @@
 Every question of FILE with an answer counts; one that the run lacks is not answered. `reachable` says for how many a passage of
 the corpus holds the gold paragraph's answer with what stands around it at all.
 
-Source: the measures of KoreaDenseRetriever's evaluation, which kept only questions of the last kind and joined passages.
+Sources: the measures of KoreaDenseRetriever's evaluation, which kept only questions of the last kind and joined passages; the
+tokens of Karpukhin et al., "Dense Passage Retrieval for Open-Domain Question Answering" (EMNLP 2020), as their code has them.
 """
 
 from __future__ import annotations
@@ -24,9 +29,10 @@ from __future__ import annotations
 import pathlib
 import re
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
+import regex
 from absl import flags
 from tabulate import tabulate
 
@@ -40,15 +46,32 @@ MRR_CUTS = (10, 100)
 WORDS = {"R@2kt": 2000, "R@5kt": 5000}
 DEPTH = max(CUTS)
 _WORD = re.compile(r"\w+")
+_TOKEN = regex.compile(r"[\p{L}\p{N}\p{M}]+|[^\p{Z}\p{C}]")
+
+Match = Callable[[str], str]  # a text holds an answer where what this makes of the one holds what it makes of the other
 
 
 class Answers(NamedTuple):
-    answers: list[str]  # normalised, as the window
-    window: str  # of the gold paragraph; "" where there is none
+    answers: list[str]
+    window: str  # normalised, of the gold paragraph; "" where there is none
 
 
 def normalised(text: str) -> str:
     return " ".join(unicodedata.normalize("NFC", text).casefold().split())
+
+
+def tokens(text: str) -> str:
+    """DPR's tokens of a text, each between line ends; "" for a text without any."""
+    found = _TOKEN.findall(unicodedata.normalize("NFD", text))
+    return "\n".join(["", *found, ""]).lower() if found else ""
+
+
+MATCHES = {"text": normalised, "tokens": tokens}
+
+
+def prepared(question: Answers, match: Match) -> list[str]:
+    """The answers as `match` makes them, without empty ones, which every text would hold."""
+    return [made for made in map(match, question.answers) if made]
 
 
 def read(path: pathlib.Path) -> tuple[dict[str, Answers], int]:
@@ -59,8 +82,7 @@ def read(path: pathlib.Path) -> tuple[dict[str, Answers], int]:
         if not isinstance(row.get("qid"), str) or not isinstance(row.get("answers"), list):
             raise reading.bad_line(path, number, "no qid and list of answers; give what jdmdr.questions wrote")
         if row["answers"]:
-            answers = [normalised(answer) for answer in row["answers"]]
-            found[row["qid"]] = Answers(answers, normalised(row.get("window", "")))
+            found[row["qid"]] = Answers([str(answer) for answer in row["answers"]], normalised(row.get("window", "")))
         else:
             without += 1
     if not found:
@@ -68,7 +90,9 @@ def read(path: pathlib.Path) -> tuple[dict[str, Answers], int]:
     return found, without
 
 
-def score(questions: Mapping[str, Answers], ranked: Mapping[str, Sequence[str]]) -> dict[str, float]:
+def score(
+    questions: Mapping[str, Answers], ranked: Mapping[str, Sequence[str]], match: Match = normalised
+) -> dict[str, float]:  # fmt: skip
     """The measures, means over `questions`.
 
     Args:
@@ -78,30 +102,31 @@ def score(questions: Mapping[str, Answers], ranked: Mapping[str, Sequence[str]])
     gold = {f"gold@{k}": 0.0 for k in CUTS}
     judged = sum(bool(of.window) for of in questions.values())
     for qid, of in questions.items():
-        texts = [normalised(text) for text in ranked.get(qid, ())[:DEPTH]]
-        rank = next((rank for rank, text in enumerate(texts, 1) if any(a in text for a in of.answers)), None)
+        found, answers = ranked.get(qid, ())[:DEPTH], prepared(of, match)
+        texts = [match(text) for text in found]
+        rank = next((rank for rank, text in enumerate(texts, 1) if any(a in text for a in answers)), None)
         if rank:
             for k in CUTS:
                 totals[f"Acc@{k}"] += rank <= k
             for k in MRR_CUTS:
                 totals[f"MRR@{k}"] += 1 / rank if rank <= k else 0
         for name, words in WORDS.items():
-            totals[name] += _within(texts, of.answers, words)
+            totals[name] += _within(texts, answers, words, match)
         if of.window:
-            place = next((rank for rank, text in enumerate(texts, 1) if of.window in text), None)
+            place = next((rank for rank, text in enumerate(found, 1) if of.window in normalised(text)), None)
             for k in CUTS:
                 gold[f"gold@{k}"] += bool(place) and place <= k
-    found = {name: total / len(questions) for name, total in totals.items()}
-    return {**found, **({name: total / judged for name, total in gold.items()} if judged else {})}
+    means = {name: total / len(questions) for name, total in totals.items()}
+    return {**means, **({name: total / judged for name, total in gold.items()} if judged else {})}
 
 
-def _within(texts: Sequence[str], answers: Sequence[str], words: int) -> bool:
+def _within(texts: Sequence[str], answers: Sequence[str], words: int, match: Match) -> bool:
     """Whether a passage, the last one cut where the words end, holds an answer."""
     left = words
     for text in texts:
         found = list(_WORD.finditer(text))
         if len(found) > left:
-            text = text[: found[left - 1].end()] if left else ""
+            text = match(text[: found[left - 1].end()]) if left else ""
         if any(answer in text for answer in answers):
             return True
         left -= len(found)
@@ -143,6 +168,7 @@ def texts_of(path: pathlib.Path, collection: Collection) -> dict[str, list[str]]
 def main() -> None:
     flags.DEFINE_string("corpus", "", "WORKDIR/corpus/LANG.")
     flags.DEFINE_string("answers", "", "File that jdmdr.questions wrote.")
+    flags.DEFINE_enum("match", "text", list(MATCHES), "When a text holds an answer.")
     flags.DEFINE_string("out", "", "JSON file to write the figures to.")
     cli.run_tool(_command, __doc__)
 
@@ -154,7 +180,8 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
     if not (home / "passages.jsonl").is_file():
         raise UserError(f"--corpus {home} holds no passages.jsonl; name WORKDIR/corpus/LANG of a working directory")
     collection, (questions, without) = Collection(home), read(pathlib.Path(values.answers))
-    found = {word: score(questions, texts_of(pathlib.Path(word), collection)) for word in words}
+    match = MATCHES[values.match]
+    found = {word: score(questions, texts_of(pathlib.Path(word), collection), match) for word in words}
     names = list(next(iter(found.values())))
     rows = [
         [pathlib.Path(word).name.removesuffix(".trec"), *(f"{of[name]:.3f}" for name in names)]

@@ -90,6 +90,7 @@ AT_LEAST = {
     "tune.chunk_rows": 1, "tune.learning_rate": 0, "tune.clip": 0, "tune.checkpoint_every": 1, "tune.shard_gb": 0,
 }  # fmt: skip
 OPTIONAL_AT_LEAST = {
+    "mine.least": 1,
     "refresh.every": 1,
     "refresh.max_age": 1,
     "judge.queries": 1,
@@ -118,6 +119,13 @@ def check_config(config: ConfigDict) -> None:
     for key, least in OPTIONAL_AT_LEAST.items():
         if _get(config, key) is not None and not _get(config, key) >= least:
             raise UserError(f"{key} is {_get(config, key)!r}; it is at least {least}, or None for no limit")
+    for key in (f"{section}.horizon" for section in sections):
+        if _get(config, key) is not None and not _get(config, key) >= 1:
+            raise UserError(f"{key} is {_get(config, key)!r}; it is a number of steps, or None for those of the run")
+    if config.mine.least and config.mine.least > config.mine.negatives:
+        raise UserError(
+            f"mine.least is {config.mine.least}, and mine.negatives keeps {config.mine.negatives} a query; lower the first"
+        )
     _check_llm(config.llm)
     _check_judge(config.judge)
     _check_expand(config.expand)
@@ -325,6 +333,10 @@ def _check_distilling(name: str, config: ConfigDict) -> None:
         )
     if objective not in DISTILLING:
         return
+    if config.mine.least:
+        raise UserError(
+            f"mine.least is {config.mine.least}; with the objective {objective} every query is filled up: set None"
+        )
     if name == "warmup":
         raise UserError(f"warmup.objective.name is {objective!r}; what has a teacher is set in train.objective.name")
     for key in ("cloze_share", "pairs_share"):

@@ -118,8 +118,14 @@ class Collection:
 
 
 def passage_text(passage: Passage) -> str:
-    """The text of a passage as encoders see it: title, one blank, text; the text alone where there is no title."""
-    return f"{passage.title} {passage.text}" if passage.title else passage.text
+    """The text of a passage as encoders see it: title, separator, text; the text alone where there is no title."""
+    return f"{passage.title}{passage.separator}{passage.text}" if passage.title else passage.text
+
+
+def passage_row(passage: Passage) -> dict[str, str]:
+    """A passage as a JSON object, which `Passage(**row)` reads back; the separator only where it is no blank."""
+    row = {"docid": passage.docid, "title": passage.title, "text": passage.text}
+    return row if passage.separator == reading.BLANK else {**row, "separator": passage.separator}
 
 
 def parse_fields(text: str) -> tuple[str, ...]:
@@ -220,8 +226,8 @@ def _write_passages(
     with open(out_dir / "passages.jsonl", "wb") as passages, open(out_dir / "docids.txt", "wb") as docids:
         for path in paths:
             for passage in read(path):
-                row = {"docid": passage.docid, "title": passage.title, "text": passage.text}
-                passage_ends.append(passage_ends[-1] + passages.write(_to_json(row).encode() + b"\n"))
+                line = _to_json(passage_row(passage)).encode() + b"\n"
+                passage_ends.append(passage_ends[-1] + passages.write(line))
                 docid_ends.append(docid_ends[-1] + docids.write(passage.docid.encode() + b"\n"))
                 digests += hash64(passage.docid)
                 report.empty_texts += not passage.text or passage.text.isspace()

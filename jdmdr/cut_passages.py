@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from jdmdr import cli, progress, reading, workdir
-from jdmdr.corpus import write_jsonl
+from jdmdr.corpus import passage_row, write_jsonl
 from jdmdr.types import Passage, UserError
 
 LEAST_ARTICLE, LEAST_PASSAGE = 5, 2  # tokens
@@ -150,7 +150,7 @@ def cut(source: pathlib.Path, lang: str, out: pathlib.Path, name: str, tokens: i
     """Writes the corpus and, beside it, how it was made."""
     counts = {"articles": 0, "too_short": 0, "passages": 0}
     rows = passages(files(source), Chunker(name, tokens, overlap), counts)
-    write_jsonl(out / "corpus" / f"{lang}.jsonl", (passage._asdict() for passage in rows))
+    write_jsonl(out / "corpus" / f"{lang}.jsonl", map(passage_row, rows))
     if not counts["passages"]:
         raise UserError(f"{source}: no article is long enough for a passage; name what wikiextractor wrote")
     made = {"tokenizer": pathlib.PurePath(name).name, "tokens": tokens, "overlap": overlap, **counts}

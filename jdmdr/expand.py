@@ -70,7 +70,9 @@ class Language:
         candidates = Candidates(
             *(np.asarray(values)[places] for values in (mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble)))
         )
-        rows_QxK = self._left(judge.filters_of(self.lang, places, mined_dir, c), candidates, places)
+        rows_QxK = self._left(
+            judge.filters_of(self.lang, self.queries, places, self.collection, mined_dir, c), candidates, places
+        )
         out = []
         for place, rows_K, scores_K in zip(places, rows_QxK, candidates.scores_QxK, strict=True):
             query = self.queries[place]

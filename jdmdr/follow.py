@@ -182,13 +182,16 @@ def _store(directory: pathlib.Path, version: int) -> pathlib.Path:
 
 
 def _merged(snapshot: Snapshot, before: pathlib.Path, lang: str) -> tuple[list[str], Negatives]:
-    """The negatives of all of a language's training queries: those mined now, and before where it was not their turn."""
+    """The negatives of all of a language's training queries: those mined now, and before where it was not their turn or fewer
+    than `mine.least` were found."""
     qids, old = negatives.read(before, lang)
     new_qids, new = negatives.read(versions.version_dir(snapshot.directory / "negatives", 0), lang)
     if not new_qids:
         return qids, old
     place = {qid: row for row, qid in enumerate(qids)}
-    rows = [place[qid] for qid in new_qids]
+    enough = (np.asarray(new.rows_QxN) != NO_HIT).sum(axis=1) >= (snapshot.config.mine.least or 0)
+    new = Negatives(*(np.asarray(of)[enough] for of in new))
+    rows = [place[qid] for qid, found in zip(new_qids, enough, strict=True) if found]
     width = max(old.rows_QxN.shape[1], new.rows_QxN.shape[1])
     out = []
     for ours, theirs, empty in zip(old, new, (NO_HIT, 0, np.nan, 0), strict=True):

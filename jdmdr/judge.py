@@ -26,13 +26,14 @@ from ml_collections import ConfigDict
 from tabulate import tabulate
 
 from jdmdr import hashing, progress
-from jdmdr.corpus import passage_text, write_jsonl
+from jdmdr.corpus import Collection, passage_text, write_jsonl
 from jdmdr.filters import (
     CROSS_ENCODER,
     KEPT,
     Candidates,
     Context,
     Filter,
+    answers,
     apply_filters,
     cross_encoder,
     cross_encoder_rules,
@@ -84,9 +85,13 @@ def active_rules(config: ConfigDict) -> dict[str, Any]:
     return filters if config.judge.score_rules else filters | dict.fromkeys(SCORE_RULES)
 
 
-def filters_of(lang: str, chosen: Sequence[int], mined_dir: pathlib.Path, config: ConfigDict) -> list[Filter]:
-    """The filters before the judge, for the candidates of these queries, known by their place among the mined ones."""
+def filters_of(
+    lang: str, queries: Sequence[TrainingQuery], chosen: Sequence[int], collection: Collection, mined_dir: pathlib.Path,
+    config: ConfigDict,
+) -> list[Filter]:  # fmt: skip
+    """The filters before the judge, for the candidates of those of the language's queries that are `chosen`, by place."""
     rules = rules_from_config(active_rules(config))
+    rules += answers.rules(config.filters.answers, lang, [queries[q].qid for q in chosen], collection)
     if config.cross_encoder.name:
         scores = cross_encoder.column(*cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang))
         rules += cross_encoder_rules(config.filters.to_dict(), Column(*(values[chosen] for values in scores)))
@@ -109,7 +114,9 @@ def work_of(
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
     candidates = Candidates(*(np.asarray(values)[chosen] for values in candidates))
     context = Context([queries[q].positives - base for q in chosen], text)
-    _, reasons_QxK, _ = apply_filters(candidates, filters_of(lang, chosen, mined_dir, config), context)
+    _, reasons_QxK, _ = apply_filters(
+        candidates, filters_of(lang, queries, chosen, collection, mined_dir, config), context
+    )
     docid = docid_lookup(collection, [mined])
     far_QxK = np.zeros(reasons_QxK.shape, bool)
     if judge.keep_below is not None:

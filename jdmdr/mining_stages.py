@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jdmdr import expand, judge, llm, mine, negatives, pairs, pipeline, processes, requery, retrievers, tokenizer
-from jdmdr.filters import cross_encoder
+from jdmdr.filters import answers, cross_encoder
 from jdmdr.library import TRAIN
 from jdmdr.llm import estimate, generate, prompts
 from jdmdr.tokenizer import Tokenizer
@@ -29,8 +29,9 @@ class MiningStages(Workspace):
         elsewhere = [path for spec in ensemble for path in retrievers.external_files(spec, sorted(self.files))]
         crossed = ("cross_encoder",) if c.cross_encoder.name else ()
         judged = pipeline.LLM_STAGES if c.llm.base_url else ()
+        answered = answers.files(c.filters.answers, sorted(self.files))
         mined = {
-            key: value for key, value in plain["mine"].items() if key not in ("negatives", "texts", "sample")
+            key: value for key, value in plain["mine"].items() if key not in ("negatives", "texts", "sample", "least")
         }  # these come behind
         return [
             *[stage for spec in ensemble if spec.kind == retrievers.ENCODER for stage in self._encoder_stages(spec)],
@@ -38,11 +39,11 @@ class MiningStages(Workspace):
                   ("corpus", *(needed[spec.name] for spec in ensemble if spec.name in needed)), tuple(elsewhere), shared=True),
             *([Stage("cross_encoder", self.score_candidates, {**plain["cross_encoder"], "dtype": c.encoder.dtype, **split},
                      ("corpus", "mine"), shared=True)] if c.cross_encoder.name else []),
-            *(self._llm_stages(ensemble, needed, crossed, split) if c.llm.base_url else []),
+            *(self._llm_stages(ensemble, needed, crossed, answered, split) if c.llm.base_url else []),
             Stage("negatives", self.select_negatives,
                   {"filters": plain["filters"], "audit": c.audit.rows, "negatives": c.mine.negatives, "pool": c.mine.pool,
-                   "texts": c.mine.texts, "sample": c.mine.sample, **split},
-                  ("corpus", "mine", *crossed, *judged)),
+                   "texts": c.mine.texts, "sample": c.mine.sample, "least": c.mine.least, **split},
+                  ("corpus", "mine", *crossed, *judged), answered),
         ]  # fmt: skip
 
     # An encoder of the ensemble has a tokenizer, prompts and lengths of its own, and sees the training queries alone.
@@ -99,6 +100,7 @@ class MiningStages(Workspace):
         ensemble: Sequence[retrievers.Spec],
         needed: Mapping[str, str],
         crossed: Sequence[str],
+        answered: tuple[pathlib.Path, ...],
         split: Mapping[str, Any],
     ) -> list[Stage]:
         c, plain = self.config, self.config.to_dict()
@@ -111,10 +113,10 @@ class MiningStages(Workspace):
         makers = {retrievers.WARMUP: "warmup"}  # of a new query's vector or words
         makers |= {spec.name: f"tokens-{spec.name}" for spec in asked if spec.kind == retrievers.ENCODER}
         return [
-            Stage("judge", self.judge, {**judge_, "audit": c.audit.rows}, ("corpus", "mine", *crossed)),
+            Stage("judge", self.judge, {**judge_, "audit": c.audit.rows}, ("corpus", "mine", *crossed), answered),
             Stage("expand", self.expand, {"expand": plain["expand"], "writes": generate.VERSION, **search, **judge_},
                   ("corpus", "tokenizer", "mine", "judge", *crossed,
-                   *(of[spec.name] for spec in asked for of in (makers, needed) if spec.name in of))),
+                   *(of[spec.name] for spec in asked for of in (makers, needed) if spec.name in of)), answered),
         ]  # fmt: skip
 
     def judge(self, out_dir: pathlib.Path) -> dict[str, Any]:

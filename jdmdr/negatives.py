@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from jdmdr import hashing, judge, progress
-from jdmdr.corpus import Collection, passage_text, write_jsonl
+from jdmdr.corpus import Collection, passage_row, passage_text, write_jsonl
 from jdmdr.filters import (
     CROSS_ENCODER,
     KEPT,
     Candidates,
     Context,
     Filter,
+    answers,
     apply_filters,
     audit,
     counts_table,
@@ -86,7 +87,8 @@ def select(
     """Filters the candidates, keeps the best of each query, or a sample of them, and fills up the short ones.
 
     Filling follows DMDR's stage II: what new queries brought, then passages judged not relevant, then random ones of the pool,
-    never a positive, nor what the judge found relevant, and none twice.
+    never a positive, nor what the judge found relevant, and none twice. With `config.least` there is no filling but by what
+    new queries brought.
 
     Args:
       ensemble: the retrievers of the recipe; score rules compare those of the first dense one.
@@ -100,6 +102,7 @@ def select(
 
     found_pool = candidate_pool(queries, base, config.pool)
     pool = range(len(collection)) if found_pool is None else found_pool
+    filling = config.least is None
     count = config.negatives
     positives = [q.positives - base for q in queries]
     candidates = Candidates(mined.rows_QxK, mined.scores_QxK, *mined.dense(ensemble))
@@ -127,7 +130,8 @@ def select(
     out.score_QxN[:, :width] = np.where(found, kept.scores_QxK[:, :width], np.nan)
     for q, query in enumerate(queries):
         never = {*positives[q].tolist(), *(barred[q] if barred else ())}
-        _fill(out, q, query, never, brought[q] if brought else (), query.judged - base, pool, seed)
+        judged = (query.judged - base)[: None if filling else 0]
+        _fill(out, q, query, never, brought[q] if brought else (), judged, pool if filling else range(0), seed)
     sources = {
         name: int(((out.source_QxN == index) & (out.rows_QxN != NO_HIT)).sum()) for index, name in enumerate(SOURCES)
     }
@@ -203,10 +207,10 @@ def training_rows(
             "query_id": query.qid,
             "query": query.text,
             "lang": lang,
-            "positive_passages": [collection.passage(int(row))._asdict() for row in query.positives - base],
+            "positive_passages": [passage_row(collection.passage(int(row))) for row in query.positives - base],
             "negative_passages": [
                 {
-                    **passage._asdict(),
+                    **passage_row(passage),
                     "source": SOURCES[negatives.source_QxN[q, n]],
                     "rank": int(negatives.rank_QxN[q, n]),
                     "score": None if np.isnan(negatives.score_QxN[q, n]) else float(negatives.score_QxN[q, n]),
@@ -241,7 +245,9 @@ def make(
         collection, base, qids = library.collections[index], int(library.bases[index]), [q.qid for q in queries]
         mined = read_mined(mined_dir, lang, [spec.name for spec in ensemble])
         docid = docid_lookup(collection, [mined])
-        rules = rules_from_config(config.filters.to_dict())
+        rules = rules_from_config(config.filters.to_dict()) + answers.rules(
+            config.filters.answers, lang, qids, collection
+        )
         more, notes = (), None
         if config.cross_encoder.name:
             scores = cross_encoder.read(mined_dir.with_name(CROSS_ENCODER), lang)

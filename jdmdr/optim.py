@@ -16,10 +16,14 @@ OWN = "objective/"  # the path of the parameters that an objective brings
 
 
 def schedule(section: Any, peak: float) -> optax.Schedule:
-    """Linear rise over `warmup_share` of the steps, then linear decay to 0 or constant (`decay`)."""
-    rise = round(section.warmup_share * section.steps)
+    """Linear rise over `warmup_share` of the steps, then linear decay to 0 or constant (`decay`).
+
+    A run may be shorter than the `horizon`, of which both are then counted.
+    """
+    steps = section.horizon or section.steps
+    rise = round(section.warmup_share * steps)
     end = 0.0 if section.decay == "linear" else peak
-    fall = optax.linear_schedule(peak, end, max(1, section.steps - rise))
+    fall = optax.linear_schedule(peak, end, max(1, steps - rise))
     return optax.join_schedules([optax.linear_schedule(0.0, peak, max(rise, 1)), fall], [rise])
 
 

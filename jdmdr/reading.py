@@ -77,7 +77,7 @@ def passages(path: Path, fields: Sequence[str] = FIELDS, separator: str = BLANK)
     A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
     are the title, an empty line and the text; in a .tsv file `docid TAB text` or `docid TAB url TAB title TAB text` (MS
     MARCO), without the blanks at a field's end. The text is the `fields` joined by `separator`. A title that is the first
-    of them and is followed by a blank stands apart as the passage's title.
+    of them stands apart as the passage's title.
     """
     return (passage for _, passage in numbered_passages(path, fields=fields, separator=separator))
 
@@ -203,10 +203,10 @@ def _passage(
     title = "" if row.get("title") is None else _string(row, "title", path, number)
     if PASSAGE_FIELDS[key] == "contents" and "title" not in row:
         title, _, text = text.partition("\n\n") if "\n\n" in text else ("", "", text)
-    apart = fields[0] == "title" and separator == BLANK
+    apart = fields[0] == "title"
     known = {"title": title, "text": text}
     texts = [known[name] if name in known else _string(row, name, path, number) for name in fields[apart:]]
-    return Passage(docid, title if apart else "", separator.join(texts))
+    return Passage(docid, title if apart else "", separator.join(texts), separator if apart else BLANK)
 
 
 def _tsv_row(line: str, path: Path, number: int) -> dict[str, Any]:

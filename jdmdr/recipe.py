@@ -50,6 +50,7 @@ from jdmdr import (
 from jdmdr.check import check_config
 from jdmdr.encoders import attention, pretrained, vocabulary
 from jdmdr.index.bm25 import Bm25Searcher
+from jdmdr.library import TrainingQuery
 from jdmdr.mining_stages import MiningStages
 from jdmdr.splits import POOLED
 from jdmdr.teaching_stages import TeachingStages
@@ -330,9 +331,17 @@ class Recipe(MiningStages, TeachingStages):
         version = None
         if c.train.objective.name not in objectives.SEARCHING:
             version = negatives.version_dir(self.directory / "negatives", 0)
-        training_set = sources.labelled(self.training, self.stores, self.library, version, labels, c.weights.inherit)
+        training, short = self.training, {}
+        if version and c.mine.least:
+            training = sources.with_negatives(training, self.library, version, c.mine.least)
+            short = {"short_queries": len(self.training) - len(training)}
+            progress.say(
+                f"  {short['short_queries']} training queries with fewer than {c.mine.least} negatives are left out"
+            )
+        training_set = sources.labelled(training, self.stores, self.library, version, labels, c.weights.inherit)
         first, *others = self._with_cloze(training_set, c.train)
-        refreshing = self._refresh(out_dir, training_set.negatives, encoder_config)
+        used = [q for q in training if not q.held_out]
+        refreshing = self._refresh(out_dir, used, training_set.negatives, encoder_config)
         found = [first._replace(refresh=refreshing), *others]
         with contextlib.closing(refreshing) if refreshing else contextlib.nullcontext():
             counts = self._run_training(
@@ -340,16 +349,17 @@ class Recipe(MiningStages, TeachingStages):
             )  # fmt: skip
         if refreshing and processes.leads():
             refresh.tidy(out_dir / refresh.DIRECTORY)
-        return counts
+        return {**counts, **short}
 
-    def _refresh(self, out_dir: pathlib.Path, first: batches.Ragged, encoder_config: Any) -> refresh.Refresh | None:
-        """What chooses the version of the negatives of each step; None where they stay as they are."""
+    def _refresh(
+        self, out_dir: pathlib.Path, used: Sequence[TrainingQuery], first: batches.Ragged, encoder_config: Any
+    ) -> refresh.Refresh | None:
+        """What chooses the version of the negatives of each step, of the queries `used`; None where they stay as they are."""
         from jdmdr import follow  # late: it builds on recipes
 
         c = self.config
         if c.refresh.mode == "off":
             return None
-        used = [q for q in self.training if not q.held_out]
         return refresh.Refresh(
             c.refresh, c.train.checkpoint_every, refresh.Version(0, 0, first), out_dir / refresh.DIRECTORY,
             lambda version: sources.mined_negatives(used, self.library, version), refresh.fingerprint(self.directory),

@@ -79,6 +79,21 @@ def labelled(
     return found._replace(negatives=mined_negatives(used, library, version))
 
 
+def with_negatives(
+    training: Sequence[TrainingQuery], library: Library, version: pathlib.Path, least: int
+) -> list[TrainingQuery]:
+    """The training queries but for those to be trained on that have fewer than `least` negatives in a version of the store.
+
+    Raises UserError where none is left.
+    """
+    used = [q for q in training if not q.held_out]
+    found = mined_negatives(used, library, version)
+    short = {(q.lang, q.qid) for q, count in zip(used, np.diff(found.offsets), strict=True) if count < least}
+    if len(short) == len(used):
+        raise UserError(f"mine.least is {least}, and no training query has so many negatives; lower it, or mine deeper")
+    return [q for q in training if (q.lang, q.qid) not in short]
+
+
 def mined_negatives(used: Sequence[TrainingQuery], library: Library, version: pathlib.Path) -> Ragged:
     """The negatives of the training queries in a version of the store, as global rows; KeyError where a query lacks."""
     mined: dict[tuple[int, str], np.ndarray] = {}

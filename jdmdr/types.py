@@ -26,11 +26,12 @@ class UserError(Exception):
 
 
 class Passage(NamedTuple):
-    """A passage; `docid` is unique within its collection (one language)."""
+    """A passage; `docid` is unique within its collection (one language). `separator` stands between title and text."""
 
     docid: str
     title: str
     text: str
+    separator: str = " "
 
 
 class Query(NamedTuple):

@@ -264,3 +264,25 @@ def test_eight_devices_equal_one_in_loss_and_gradient():
         [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, cwd=root
     )
     assert result.stdout.strip().endswith("equal"), result.stderr
+
+
+def test_two_passages_a_query_are_dprs_in_batch_softmax_with_gradients_through_every_column():
+    """Cross-entropy over all 2 B passages with target 2 i; its gradient by hand."""
+    q_BxD, p_NxD, batch = make_case(B=4, P=2, repeats=False)
+    objective = OBJECTIVES["contrastive"](
+        SimpleNamespace(mode="none", temperature=1.0, learn_temperature=False, dimensions=())
+    )
+    batch |= {"queries": None, "passages": None}
+
+    def loss(params):
+        encode = lambda params, tokens, side: params[side]
+        return objective.loss(params, {}, batch, encode, None, 0)[0]
+
+    found, gradient = jax.value_and_grad(loss)({"query": jnp.asarray(q_BxD), "passage": jnp.asarray(p_NxD)})
+    scores_BxN = q_BxD.astype(np.float64) @ p_NxD.T.astype(np.float64)
+    share_BxN = np.exp(scores_BxN) / np.exp(scores_BxN).sum(axis=1, keepdims=True)
+    target_BxN = np.eye(8)[[0, 2, 4, 6]]
+    assert found == pytest.approx(-np.log((share_BxN * target_BxN).sum(axis=1)).mean(), rel=1e-6)
+    np.testing.assert_allclose(gradient["passage"], (share_BxN - target_BxN).T @ q_BxD / 4, atol=1e-6)
+    np.testing.assert_allclose(gradient["query"], (share_BxN - target_BxN) @ p_NxD / 4, atol=1e-6)
+    assert (np.abs(gradient["passage"]).max(axis=1) > 0).all()

@@ -9,11 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import corpus, reading
+from jdmdr.corpus import Collection
 from jdmdr.datasets import LanguageFiles, discover
+from jdmdr.tokenizer import Tokenizer
 from jdmdr.types import Passage, Query, UserError
 
 REPO = Path(__file__).parents[1]
@@ -373,7 +376,7 @@ def test_the_fields_of_a_passage_are_those_named(tmp_path):
     path.write_text('{"docid": "1", "title": "T", "text": "t", "context": "around t"}\n')
     for fields, separator, passage in [
         ("title,text", " ", ("T", "t")), ("text", " ", ("", "t")), ("text, context", " ", ("", "t around t")),
-        ("context,title", " ", ("", "around t T")), ("title,text", "<sep>", ("", "T<sep>t")), ("title,text", "", ("", "Tt")),
+        ("context,title", " ", ("", "around t T")), ("title,text", "<sep>", ("T", "t", "<sep>")), ("title,text", "", ("T", "t", "")),
     ]:  # fmt: skip
         assert list(reading.passages(path, corpus.parse_fields(fields), separator)) == [Passage("1", *passage)]
     with pytest.raises(UserError, match="line 1: the field 'contxt' is missing .*context"):
@@ -566,3 +569,24 @@ def test_memory_grows_with_the_ids_and_not_with_the_texts(tmp_path):
     tracemalloc.stop()
     assert (tmp_path / "out" / "passages.jsonl").stat().st_size > 66e6
     assert peak < 8e6 + 64 * count
+
+
+def test_a_separator_is_the_tokenizers_own_token_and_the_title_stays_apart(tmp_path):
+    """DPR's input, [CLS] title [SEP] text [SEP]; the text alone where there is no title."""
+    path = tmp_path / "c.jsonl"
+    path.write_text(
+        '{"docid": "1", "title": "nile river", "text": "flows north"}\n{"docid": "2", "title": "", "text": "north"}\n'
+    )
+    report = corpus.write_passages("en", LanguageFiles([path], {}, {}, None), tmp_path / "en", separator="[SEP]")
+    collection = Collection(tmp_path / "en")
+    assert report.passages == 2 and collection.passage(0) == Passage("1", "nile river", "flows north", "[SEP]")
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "nile", "river", "flows", "north"]
+    backend = tokenizers.Tokenizer(
+        tokenizers.models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.add_special_tokens(words[:4])
+    backend.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    encoded = Tokenizer(tmp_path, 6).encode([corpus.passage_text(collection.passage(row)) for row in (0, 1)])
+    assert [ids.tolist() for ids in encoded] == [[2, 4, 5, 3, 6, 3], [2, 7, 3]]

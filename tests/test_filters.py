@@ -1,12 +1,15 @@
 import numpy as np
 import pytest
 
+from jdmdr import corpus, datasets
+from jdmdr.corpus import write_jsonl
 from jdmdr.filters import (
     EMPTY,
     KEPT,
     Candidates,
     Context,
     Filter,
+    answers,
     apply_filters,
     audit,
     counts_table,
@@ -157,6 +160,36 @@ def test_near_duplicates_of_any_positive_go_in_any_script():
     context = context_of(1, [[0, 4]], texts)
     assert kept_rows(candidates, {"near_duplicate": 1.0}, context) == [[2, 3, 5, 6]]
     assert kept_rows(candidates, {"near_duplicate": 0.5}, context) == [[3, 6]]
+
+
+def test_a_candidate_that_holds_an_answer_goes_token_by_token(tmp_path):
+    passages = [
+        ("0", "Rome", "The Ne\u0301ron lived, in rome."), ("1", "", "Romeo, not the city."), ("2", "Rome", "No answer here."),
+        ("3", "", "It had 1,000 legions."), ("4", "", "It had 1 000 legions."), ("5", "", "U.S.A. and USA"),
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "c.jsonl", ({"docid": d, "title": title, "text": text} for d, title, text in passages))
+    corpus.ingest("en", datasets.LanguageFiles([tmp_path / "c.jsonl"], {}, {}, None), tmp_path / "en")
+    rows = [
+        {"qid": "a", "answers": ["Rome", "n\u00e9ron"]}, {"qid": "b", "answers": ["1,000"]}, {"qid": "c", "answers": ["U.S.A.", " "]},
+        {"qid": "e", "answers": []},
+    ]  # fmt: skip
+    write_jsonl(tmp_path / "en.jsonl", rows)
+    collection = corpus.Collection(tmp_path / "en")
+    rules = answers.rules(str(tmp_path / "{lang}.jsonl"), "en", ["a", "b", "c", "d", "e"], collection)
+    candidates = candidates_of(np.zeros((5, 6)), np.zeros(5), np.tile(np.arange(6), (5, 1)))
+    kept, _, counts = apply_filters(candidates, rules, context_of(5))
+    left = [[row for row in rows_K if row != NO_HIT] for rows_K in kept.rows_QxK.tolist()]
+    assert left == [[1, 2, 3, 4, 5], [0, 1, 2, 4, 5], [0, 1, 2, 3, 4], [*range(6)], [*range(6)]]
+    assert counts == {"answers": 3, "kept": 27}
+    assert (
+        answers.rules("", "en", ["a"], collection)
+        == answers.rules(str(tmp_path / "{lang}.jsonl"), "sw", ["a"], collection)
+        == []
+    )
+    with pytest.raises(UserError, match="has no training query of en .its first is 'a', ours 'x'"):
+        answers.rules(str(tmp_path / "{lang}.jsonl"), "en", ["x"], collection)
+    with pytest.raises(UserError, match="filters.answers: .* does not exist"):
+        answers.files(str(tmp_path / "{lang}.jsonl"), ["sw"])
 
 
 def test_texts_of_dropped_candidates_are_not_read():

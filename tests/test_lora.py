@@ -24,7 +24,7 @@ def keys(**changes):
 
 
 def section(**changes):
-    own = {"lora": keys(), "trainable": "", "learning_rate": 0.1, "learning_rates": (), "warmup_share": 0.0, "steps": 9,
+    own = {"lora": keys(), "trainable": "", "learning_rate": 0.1, "learning_rates": (), "warmup_share": 0.0, "steps": 9, "horizon": None,
            "decay": "constant", "weight_decay": 0.0, "clip": 0.0, "optimiser": "adamw", "no_decay": ""}  # fmt: skip
     return SimpleNamespace(**{**own, **changes})
 

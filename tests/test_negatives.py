@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from jdmdr import corpus, negatives
+from jdmdr import corpus, negatives, sources
 from jdmdr.filters import rules_from_config
 from jdmdr.mine import Mined
 from jdmdr.retrievers import parse
-from jdmdr.types import NO_HIT
+from jdmdr.types import NO_HIT, UserError
 
 RULES = {"near_duplicate": 0.9}
 
@@ -24,8 +24,8 @@ def _mined(queries, rows_QxK):
     return Mined(rows_QxK, scores, {"warmup": (scores, np.full((len(queries), 1), 2, np.float32))})
 
 
-def _select(library, queries, rows_QxK, count, pool="corpus", seed=0, sample="best"):
-    config = ConfigDict({"negatives": count, "pool": pool, "sample": sample})
+def _select(library, queries, rows_QxK, count, pool="corpus", seed=0, sample="best", least=None):
+    config = ConfigDict({"negatives": count, "pool": pool, "sample": sample, "least": least})
     found = negatives.select(
         _mined(queries, rows_QxK),
         parse("warmup"),
@@ -76,6 +76,23 @@ def test_short_queries_are_filled_with_judged_then_random_passages_never_a_posit
         assert (np.diff(sources.astype(int)) >= 0).all()
         assert (chosen.rank_QxN[q] == 0).all() and np.isnan(chosen.score_QxN[q]).all()
     assert counts["sources"]["random"] == 10 * len(queries) - counts["sources"]["judged"]
+
+
+def test_without_filling_a_query_keeps_what_it_has_and_too_few_keep_it_from_training(library, queries, tmp_path):
+    rows = np.full((len(queries), 6), NO_HIT)
+    for q in range(len(queries)):
+        others = [row for row in range(24) if row + 24 not in queries[q].positives]
+        rows[q, : q % 4] = others[: q % 4]
+    chosen, counts = _select(library, [q._replace(judged=np.array([24, 25])) for q in queries], rows, 5, least=2)
+    assert [(chosen.rows_QxN[q] != NO_HIT).sum() for q in range(len(queries))] == [q % 4 for q in range(len(queries))]
+    assert counts["sources"] == {"retrieval": counts["kept"], "llm": 0, "judged": 0, "random": 0}
+    directory = negatives.version_dir(tmp_path, 0)
+    negatives.write(directory, "sw", [q.qid for q in queries], chosen)
+    held_out = queries[0]._replace(held_out=True)
+    left = sources.with_negatives([held_out, *queries[1:]], library, directory, 2)
+    assert left == [held_out, *(query for q, query in enumerate(queries) if q and q % 4 >= 2)]
+    with pytest.raises(UserError, match="mine.least is 4, and no training query"):
+        sources.with_negatives(queries, library, directory, 4)
 
 
 def test_more_negatives_than_passages_leaves_places_empty(library, queries):

@@ -12,7 +12,7 @@ GRADIENT = {"embedding": jnp.full((3, 2), 0.3), "layer": {"kernel": jnp.full(4, 
 
 
 def section(**changes):
-    defaults = dict(steps=20, learning_rate=1e-3, learning_rates=(), warmup_share=0.25, decay="linear",
+    defaults = dict(steps=20, learning_rate=1e-3, learning_rates=(), warmup_share=0.25, horizon=None, decay="linear",
                     weight_decay=0.0, no_decay="", clip=0.0, optimiser="adamw")  # fmt: skip
     return ConfigDict({**defaults, **changes})
 
@@ -89,3 +89,11 @@ def test_path_names_are_slash_joined():
 
     names = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path({"a": [1, {"b": 2}]})]
     assert names == ["a/0", "a/1/b"]
+
+
+@pytest.mark.parametrize("decay", ["linear", "constant"])
+def test_a_run_shorter_than_its_horizon_has_the_beginning_of_the_longer_ones_schedule(decay):
+    short, whole = section(steps=8, horizon=20, decay=decay), section(steps=20, decay=decay)
+    assert [float(schedule(short, 2.0)(step)) for step in range(8)] == [
+        float(schedule(whole, 2.0)(step)) for step in range(8)
+    ]

@@ -1,6 +1,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -325,6 +326,42 @@ def test_a_killed_inline_run_ends_as_if_it_had_never_stopped(inline, finished, t
         assert result.returncode == -signal.SIGKILL, result.stderr
     assert run(again)["parameters_sha256"] == counts["parameters_sha256"]
     assert curve(again) == curve(recipe)
+
+
+@pytest.mark.slow
+def test_negatives_by_rank_hold_no_answer_and_questions_with_fewer_than_two_are_not_trained_on(finished, tmp_path):
+    """The variant for DPR's questions, on the articles of `finished`."""
+    recipe = recipe_over(finished, tmp_path / "run")
+    with recipe.config.unlocked():
+        c = recipe.config
+        c.mine.sample, c.mine.negatives, c.mine.least = "best", 10, 2
+        c.filters.answers = str(tmp_path / "{lang}.jsonl")
+        c.train.objective.name, c.train.objective.mode, c.train.passages_per_query = "contrastive", "none", 2
+    wanted = {}
+    for index, lang in enumerate(recipe.library.langs):
+        used = [q for q in recipe.training if q.lang == index]
+        known = {q.qid: ["", "river", {"en": "the", "sw": "ya"}[lang]][i % 3] for i, q in enumerate(used)}
+        wanted |= {(index, qid): answer for qid, answer in known.items()}
+        rows = [json.dumps({"qid": qid, "answers": [answer] if answer else []}) + "\n" for qid, answer in known.items()]
+        (tmp_path / f"{lang}.jsonl").write_text("".join(rows))
+    counts = run(recipe)
+    home = recipe.directory / "train" / "refresh"
+    assert versions.numbers(home) == [1, 2]
+    trained = short = dropped = 0
+    for index, lang in enumerate(recipe.library.langs):
+        first = negatives.read(versions.version_dir(recipe.directory / "negatives", 0), lang)
+        short += int(((first[1].rows_QxN != NO_HIT).sum(axis=1) < 2).sum())
+        for directory in (recipe.directory / "negatives", home, home):
+            qids, stored = negatives.read(
+                versions.version_dir(directory, 0 if directory.name == "negatives" else 2), lang
+            )
+            for qid, rows in zip(qids, stored.rows_QxN, strict=True):
+                answer, rows = wanted[index, qid], rows[rows != NO_HIT]
+                texts = [recipe.library.collections[index].passage(int(row)).text.lower() for row in rows]
+                assert not answer or not any(answer in re.findall(r"\w+", text) for text in texts)
+                dropped += len(rows) < 10
+                trained += len(rows) >= 2
+    assert counts["short_queries"] == short > 0 and trained > 0 and dropped > 0
 
 
 KILLED = """

@@ -12,7 +12,7 @@ from jdmdr.index.bm25 import tokenize_words
 from jdmdr.types import NO_HIT, UserError
 
 _SHINGLE_WORDS = 3
-_CACHED_PASSAGES = 50_000
+CACHED_PASSAGES = 50_000
 
 
 class Candidates(NamedTuple):
@@ -92,7 +92,7 @@ def not_near_duplicate(jaccard: float) -> Filter:
 
     def keep(candidates: Candidates, context: Context) -> np.ndarray:
         # Queries share candidates, above all in small collections.
-        shingles_of = functools.lru_cache(_CACHED_PASSAGES)(lambda row: _shingles(context.text(row)))
+        shingles_of = functools.lru_cache(CACHED_PASSAGES)(lambda row: _shingles(context.text(row)))
         kept_QxK = np.ones(candidates.rows_QxK.shape, bool)
         for q, rows_K in enumerate(candidates.rows_QxK):
             positives = [shingles_of(int(row)) for row in context.positive_rows[q]]
@@ -196,17 +196,19 @@ RULES: dict[str, Callable[[Any], Filter]] = {
 }
 
 CROSS_ENCODER = "cross_encoder"  # the group of keys of the score rules over a cross-encoder's scores
+ANSWERS = "answers"  # the key that names files (filters/answers.py)
 
 
 def rules_from_config(config: Mapping[str, Any]) -> list[Filter]:
     """The rules a config asks for; a key absent or None is off. Positives are always dropped first.
 
-    Those of the group `cross_encoder` are checked here, and made by `cross_encoder_rules`, where there are scores.
+    Those of the group `cross_encoder` are checked here, and made by `cross_encoder_rules`, where there are scores; that of
+    `answers` is made in filters/answers.py, where the queries are known.
 
     Raises `UserError` on an unknown key, and on a value outside a rule's range.
     """
     cross_encoder_rules(config, None)
-    plain = {key: value for key, value in config.items() if key != CROSS_ENCODER}
+    plain = {key: value for key, value in config.items() if key not in (CROSS_ENCODER, ANSWERS)}
     return [not_positive(), *_rules(plain, RULES, "")]
 
 
