@@ -159,9 +159,14 @@ def _intact(directory: pathlib.Path, manifest: Mapping[str, Any]) -> bool:
     return True
 
 
+def _partial(path: pathlib.Path) -> bool:
+    """Whether it lies under a temporary name, left by a writer that was cut off."""
+    return any(part.startswith(".") and part.endswith(".partial") for part in path.parts)
+
+
 def _written(stage: Stage, directory: pathlib.Path) -> dict[str, list]:
     paths = sorted(p for p in directory.rglob("*") if p.is_file() and p.name not in (MANIFEST, PLAN))
-    names = {str(p.relative_to(directory)): p for p in paths}
+    names = {str(p.relative_to(directory)): p for p in paths if not _partial(p.relative_to(directory))}
     return {
         name: [p.stat().st_size, file_digest(p)]
         for name, p in names.items()

@@ -164,3 +164,19 @@ def test_corrupt_manifest_is_told_by_name(tmp_path):
     (tmp_path / "a" / "manifest.json").write_text("{")
     with pytest.raises(UserError, match="manifest.json is not readable JSON"):
         bring_up_to_date(Stage("a", _write("one"), {}), tmp_path, False, _Say())
+
+
+def test_what_a_full_disk_cut_off_is_no_output(tmp_path):
+    stage = Stage("a", _write("one"), {})
+    (tmp_path / "a").mkdir()
+    bring_up_to_date(stage, tmp_path, False, _Say())
+    undisturbed = (tmp_path / "a" / "manifest.json").read_bytes()
+    (tmp_path / "a" / "manifest.json").unlink()
+    (tmp_path / "a" / ".manifest.json.partial").write_text("{")
+    (tmp_path / "a" / ".en.partial").mkdir()
+    (tmp_path / "a" / ".en.partial" / "half.txt").write_text("half")
+    said = _Say()
+    for _ in range(2):
+        bring_up_to_date(stage, tmp_path, False, said)
+    assert said == ["a: going on with unfinished work", "a: up to date"]
+    assert (tmp_path / "a" / "manifest.json").read_bytes() == undisturbed
