@@ -84,7 +84,7 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
         ("parameters", f"{parameters:,}, of which {trained['train']:,} train", "computed"),
         (
             "hardware",
-            f"{count} x {device.name}, {size(device.memory)} each",
+            f"{count} x {device.name}, {progress.size(device.memory)} each",
             "published" if device.flops else "this machine",
         ),
         ("its peak", f"{peak / 1e12:,.2f} TFLOP/s each", "published" if device.flops else "measured"),
@@ -112,9 +112,9 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
 
 def stage_table(stages: Sequence[Cost], speed: float) -> str:
     """Disk, steps and hours of each stage at `speed` FLOP/s, and their sums."""
-    rows = [[cost.stage, size(cost.disk), cost.steps or "", hours(cost.flops / speed)] for cost in stages]
+    rows = [[cost.stage, progress.size(cost.disk), cost.steps or "", hours(cost.flops / speed)] for cost in stages]
     disk, flops = (sum(getattr(cost, name) for cost in stages) for name in ("disk", "flops"))
-    rows.append(["all", size(disk), "", hours(flops / speed)])
+    rows.append(["all", progress.size(disk), "", hours(flops / speed)])
     headers = ["stage (all computed)", "disk", "steps", "encoding, training"]
     return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right", "right"))
 
@@ -148,27 +148,26 @@ def memory_table(
         largest, at_largest = fit.largest_batch(bytes_of, start, devices, device.memory)
         for batch_size, found in {start: bytes_of(start), largest: at_largest}.items():
             fits = "fits" if found <= device.memory else "does not fit"
-            rows.append([batch_size or devices, grad_cache or "off", size(found), fits])
+            rows.append([batch_size or devices, grad_cache or "off", progress.size(found), fits])
         rows[-1][-1] += ", largest found" if largest else ""
-    headers = ["train.batch_size", "train.grad_cache", "memory of a device, compiled", f"of {size(device.memory)}"]
+    headers = [
+        "train.batch_size",
+        "train.grad_cache",
+        "memory of a device, compiled",
+        f"of {progress.size(device.memory)}",
+    ]
     return tabulate(rows, headers, disable_numparse=True, colalign=("right", "right", "right", "left"))
 
 
 def sending_table(sent: dict[str, float], seconds: float, bandwidth: float) -> str:
     """What each device sends in a step of `seconds` of computing, one after the other."""
-    rows = [[name, size(number), f"{1e3 * number / bandwidth:,.2f} ms"] for name, number in sent.items()]
+    rows = [[name, progress.size(number), f"{1e3 * number / bandwidth:,.2f} ms"] for name, number in sent.items()]
     waiting = sum(sent.values()) / bandwidth
-    rows.append(["all", size(sum(sent.values())), f"{1e3 * waiting:,.2f} ms"])
+    rows.append(["all", progress.size(sum(sent.values())), f"{1e3 * waiting:,.2f} ms"])
     rows.append(["computing", "", f"{1e3 * seconds:,.2f} ms"])
     rows.append(["efficiency, if nothing overlaps", "", f"{seconds / (seconds + waiting):.1%}"])
     headers = ["training step, each device (computed)", "sends", "time"]
     return tabulate(rows, headers, disable_numparse=True, colalign=("left", "right", "right"))
-
-
-def size(number: float) -> str:
-    """Bytes in the largest unit that leaves a figure of 1 or more."""
-    power = min(int(math.log10(max(number, 1)) / 3), 5)
-    return f"{number / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}" if power else f"{number:.0f} B"
 
 
 def hours(seconds: float) -> str:

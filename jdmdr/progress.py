@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 
@@ -33,6 +34,12 @@ def say(line: str) -> None:
     """Prints a line without breaking a bar; of several processes the first speaks."""
     if processes.leads():
         tqdm.tqdm.write(line, file=sys.stderr)
+
+
+def size(number: float) -> str:
+    """Bytes in the largest unit that leaves a figure of 1 or more."""
+    power = min(int(math.log10(max(number, 1)) / 3), 5)
+    return f"{number / 1000**power:,.1f} {('B', 'kB', 'MB', 'GB', 'TB', 'PB')[power]}" if power else f"{number:.0f} B"
 
 
 def close_bars() -> None:

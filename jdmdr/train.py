@@ -23,7 +23,7 @@ from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from jdmdr import batches, models, parallel, peft, processes, progress, trainable, workdir
+from jdmdr import batches, hardware, models, parallel, peft, perf, processes, progress, trainable, workdir
 from jdmdr.checkpoint import UNMEASURED, Checkpoints
 from jdmdr.cli import Terminated
 from jdmdr.objectives import Objective
@@ -34,11 +34,11 @@ from jdmdr.step import init_state, make_step
 from jdmdr.types import UserError
 
 READ_BY_OTHERS = 3  # latest checkpoints that are kept where another process reads them
-CHECKPOINTS, LOG, ADAPTER = "checkpoints", "log.jsonl", "adapter"
+CHECKPOINTS, LOG, ADAPTER, GOODPUT = "checkpoints", "log.jsonl", "adapter", "goodput.json"
 OWN = "objective.safetensors"  # the parameters that the objective brought
 HELD_UP = "save_seconds"  # that the step after the last save began later for it
 # The bytes of checkpoints differ from run to run; the parameters are promised by their hash among the counts.
-VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", f"{REFRESH}/*", LOG)
+VOLATILE = (f"{CHECKPOINTS}/*", f"{models.PARAMETERS}/*", "tensorboard/*", f"{REFRESH}/*", LOG, GOODPUT)
 
 
 def train(
@@ -70,7 +70,7 @@ def train(
       make_batch: step -> (arrays, figures to log), a pure function of the step.
       shapes: how many differently shaped batches `make_batch` can give; more compilations than that are an error.
       validate: params -> nDCG@10 on the held-out train queries, or None where there are none.
-      out_dir: gets `checkpoints/`, `log.jsonl` and `tensorboard/`. A run found there is gone on with, bit for bit as
+      out_dir: gets `checkpoints/`, `log.jsonl`, `tensorboard/`, and `goodput.json`: where the time went. A run found there is gone on with, bit for bit as
         if it had never stopped (same device count, CPU). Adapters of a transformer are left in `adapter/` too.
       measure: what `validate` measures.
       base: the checkpoint that `params` are, for the adapters to name; None where they are of no checkpoint.
@@ -116,13 +116,22 @@ def train(
     else:
         iterator = batches.batch_iterator(make_batch, first, section.steps)
     bar = progress.bar(None, "  training", "steps", total=section.steps, initial=first)
+    meter = perf.Meter(encoder.config)
     pending = None  # the metrics of the step before: fetched while the device works on the next one
     asked = lambda: False  # whether a process was told to stop before that step
     held_up = {}
-    for step, (batch, figures) in enumerate(iterator, first):
+    compiled = set()  # shapes of batches that the step is compiled for
+    for step, (batch, figures) in enumerate(meter.waits(iterator), first):
         if stall:
             faulthandler.dump_traceback_later(stall, repeat=True, file=sys.__stderr__)
-        state, metrics = step_fn(state, {**parallel.put_batch(batch, mesh), **objective.arrays})
+        meter.count(batch)
+        arrays = {**parallel.put_batch(batch, mesh), **objective.arrays}
+        shape = tuple(array.shape for array in jax.tree.leaves(arrays))
+        if shape not in compiled:
+            with meter.timed(perf.COMPILING):
+                _tell_memory(step_fn.lower(state, arrays).compile(), first=not compiled)
+            compiled.add(shape)
+        state, metrics = step_fn(state, arrays)
         if pending:
             _account(log, bar, section, *pending)
         pending = step, metrics, {**figures, **held_up}
@@ -137,11 +146,14 @@ def train(
             _account(log, bar, section, *pending)
             pending = None
             faulthandler.cancel_dump_traceback_later()
-            score = validate(encoder_params(state)) if validating else None
+            with meter.timed("validating"):
+                score = validate(encoder_params(state)) if validating else None
             log.validation(done, measure, score)
-            held_up = {HELD_UP: round(checkpoints.save(done, _saved(state), _score(score)), 4)}
+            with meter.timed("saving"):
+                held_up = {HELD_UP: round(checkpoints.save(done, _saved(state), _score(score)), 4)}
             if refresh and not stopping:
-                refresh.saved(done, section.steps, functools.partial(encoder_params, state), checkpoints.steps())
+                with meter.timed("mining"):
+                    refresh.saved(done, section.steps, functools.partial(encoder_params, state), checkpoints.steps())
         if stopping:
             checkpoints.close()
             log.close()
@@ -152,6 +164,8 @@ def train(
 
     # --- finish --------------------------------------------------------------------------------------------------
     bar.close()
+    if meter.steps:
+        _tell_goodput(meter.figures(), encoder.config, mesh, out_dir)
     log.close()
     checkpoints.close()
     checkpoints = Checkpoints(out_dir / CHECKPOINTS)
@@ -189,6 +203,33 @@ def _saved(state: dict) -> dict:
 
 def _score(value: float | None) -> float:
     return UNMEASURED if value is None else value
+
+
+def _tell_memory(compiled: jax.stages.Compiled, first: bool) -> None:
+    """Of the step as it was compiled for a batch: told once, and again where a device has less."""
+    found = compiled.memory_analysis()
+    needed = (
+        found.argument_size_in_bytes + found.output_size_in_bytes + found.temp_size_in_bytes - found.alias_size_in_bytes
+    )
+    there = hardware.find("").memory
+    if first:
+        scratch, state = progress.size(found.temp_size_in_bytes), progress.size(needed - found.temp_size_in_bytes)
+        progress.say(
+            f"  memory of a step: {state} of state and batch, {scratch} of scratch; a device has {progress.size(there)}"
+        )
+    if needed > there:
+        progress.say(
+            f"  warning: a step needs {progress.size(needed)} of a device and it has {progress.size(there)}; if it fails, lower "
+            "batch_size or passages_per_query, or set grad_cache (docs/scaling.md)"
+        )
+
+
+def _tell_goodput(found: dict[str, Any], config: Any, mesh: jax.sharding.Mesh, out_dir: pathlib.Path) -> None:
+    """Where the time since this process's first step went, on stderr and in `goodput.json`."""
+    peak = perf.matmul_peak(config.dtype) * len(mesh.local_devices) if found["flops_per_second"] else None
+    if processes.leads():
+        workdir.write_json(out_dir / GOODPUT, {**found, "peak_flops_per_second": peak})
+    progress.say(f"  {perf.sentence(found, peak)}")
 
 
 class _StopOnSigterm:

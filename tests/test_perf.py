@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jdmdr import encoders, perf
+from jdmdr.shapes import Chunks, Packed
 from jdmdr.types import Tokens
 
 CONFIG = encoders.EncoderConfig(
@@ -28,3 +29,46 @@ def test_the_compiled_encoder_does_hardly_more_than_the_model_asks_for(passes):
     function = loss if passes == 1 else jax.grad(loss)
     flops = jax.jit(function).lower(params, block, block).compile().cost_analysis()["flops"]
     assert 0.95 < flops / (passes * perf.forward_flops(CONFIG, np.full(16, 48))) < 1.05
+
+
+def _mask(*lengths):
+    return (np.arange(8) < np.array(lengths)[:, None]).astype(np.int32)
+
+
+BATCH = {
+    "queries": Chunks((_mask(5, 2), _mask(1, 0)), (_mask(5, 2), _mask(1, 0)), np.arange(4)),
+    "passages": Packed(_mask(7, 7), _mask(7, 7), np.array([[3, 4, 1], [2, 5, 1]], np.int32), np.arange(4)),
+    "pairs": Tokens(_mask(6), _mask(6)),
+    "target_B": np.arange(2),
+}
+LENGTHS = [0, 1, 2, 2, 3, 4, 5, 5, 6]
+
+
+def test_texts_of_a_batch_are_as_long_as_their_tokens_without_padding():
+    assert sorted(perf.lengths(BATCH)) == LENGTHS
+
+
+def test_the_meter_tells_where_each_second_went_and_what_the_computing_ones_gave(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(perf.time, "perf_counter", lambda: now[0])
+
+    def passing(seconds, value=None):
+        now[0] += seconds
+        return value
+
+    meter = perf.Meter(CONFIG)
+    for batch in meter.waits(passing(2, BATCH) for _ in range(2)):
+        meter.count(batch)
+        passing(10)
+        with meter.timed("saving"):
+            passing(3)
+    found = meter.figures()
+    assert found["seconds"] == {perf.COMPUTING: 20, perf.WAITING: 4, "saving": 6} and found["total"] == 30
+    assert (
+        found["steps"] == 2 and found["tokens"] == 2 * sum(LENGTHS) and found["tokens_per_second"] == sum(LENGTHS) / 10
+    )
+    assert found["flops_per_second"] == pytest.approx(3 * perf.forward_flops(CONFIG, np.array(LENGTHS)) / 10)
+    peak = 2 * found["flops_per_second"]
+    assert perf.sentence(found, peak) == (
+        "2 steps in 30 s: 67 % computing, 20 % saving, 13 % waiting for batches; 3 tokens/s, 0.50 of the matmul peak"
+    )

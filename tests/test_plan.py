@@ -4,7 +4,7 @@ import jax
 import pytest
 from conftest import TINYPEDIA, tiny_config
 
-from jdmdr import costs, encoders, hardware, perf, plan, sizes
+from jdmdr import costs, encoders, hardware, perf, plan, progress, sizes
 from jdmdr.sizes import Data, Known
 from jdmdr.types import UserError
 
@@ -155,7 +155,7 @@ def test_sending_is_added_to_computing():
 
 
 def test_units_are_chosen_for_reading():
-    assert [plan.size(x) for x in (0, 999, 1500, 2.5e9, 3e15)] == ["0 B", "999 B", "1.5 kB", "2.5 GB", "3.0 PB"]
+    assert [progress.size(x) for x in (0, 999, 1500, 2.5e9, 3e15)] == ["0 B", "999 B", "1.5 kB", "2.5 GB", "3.0 PB"]
     assert [plan.hours(x) for x in (0, 5, 90, 7200)] == ["", "5 s", "1.5 min", "2.0 h"]
 
 

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import struct
@@ -13,7 +14,7 @@ import pytest
 from conftest import REPO, tiny_config
 from tensorboardX.proto.event_pb2 import Event
 
-from jdmdr import encoders, models, objectives, sources
+from jdmdr import encoders, hardware, models, objectives, perf, sources
 from jdmdr import train as loop
 from jdmdr.checkpoint import Checkpoints
 from jdmdr.cli import EXIT_TERMINATED, EXIT_USER_ERROR, Terminated
@@ -49,14 +50,18 @@ def read_log(out):
     return [{key: value for key, value in line.items() if key not in ("time", loop.HELD_UP)} for line in lines]
 
 
+def small_batches(recipe, section, weights):
+    found = [sources.Source(sources.pairs(recipe.training, recipe.stores), 1.0, 1)]
+    return sources.batch_maker(found, section, weights, (32, 96), 1, 0, 2, 1)[:2]
+
+
 def small_run(recipe, out, validate=lambda params: None, batch=lambda step, batch: batch, stall=0, **changes):
     """`train.train` on the recipe's training queries without mined negatives, with what a test puts in."""
     config = tiny_config(recipe.config.data.root)
     section = config.warmup
     section.steps, section.checkpoint_every, section.learning_rates = 6, 2, ()
     section.update(changes)
-    found = [sources.Source(sources.pairs(recipe.training, recipe.stores), 1.0, 1)]
-    make_batch, shapes, _ = sources.batch_maker(found, section, config.weights, (32, 96), 1, 0, 2, 1)
+    make_batch, shapes = small_batches(recipe, section, config.weights)
     encoder_config, params = recipe._first_encoder()
     objective = objectives.OBJECTIVES["contrastive"](section.objective)
 
@@ -133,6 +138,29 @@ def test_no_steps_return_the_encoder_as_it_is(recipe, tmp_path):
     params, counts = small_run(recipe, tmp_path, lambda params: 0.5, steps=0)
     assert counts == {"steps": 0, "best_step": 0, "skipped_updates": 0, "valid_ndcg@10": 0.5}
     jax.tree.map(np.testing.assert_array_equal, params, recipe._first_encoder()[1])
+
+
+def test_a_run_tells_its_memory_before_the_first_step_and_at_its_end_where_the_time_went(recipe, tmp_path, capsys):
+    small_run(recipe, tmp_path, lambda params: 0.5)
+    told = capsys.readouterr().err
+    assert re.search(
+        r"memory of a step: [\d.]+ [kMG]B of state and batch, [\d.]+ [kMG]?B of scratch; a device has", told
+    )
+    found = json.loads((tmp_path / loop.GOODPUT).read_text())
+    assert set(found["seconds"]) == {"computing", "waiting for batches", "compiling", "validating", "saving"}
+    assert sum(found["seconds"].values()) == pytest.approx(found["total"]) and min(found["seconds"].values()) > 0
+    assert found["steps"] == 6 and f"6 steps in {found['total']:.0f} s: " in told
+    config = tiny_config(recipe.config.data.root)
+    config.warmup.steps = 6
+    make_batch, _ = small_batches(recipe, config.warmup, config.weights)
+    assert found["tokens"] == sum(int(perf.lengths(make_batch(step)[0]).sum()) for step in range(6)) > 0
+
+
+def test_a_step_that_needs_more_memory_than_there_is_is_told_before_it_runs(recipe, tmp_path, capsys, monkeypatch):
+    here = hardware.find("")
+    monkeypatch.setattr(hardware, "find", lambda name: here._replace(memory=1000.0))
+    small_run(recipe, tmp_path)
+    assert "of a device and it has 1.0 kB; if it fails, lower batch_size" in capsys.readouterr().err
 
 
 # --- interruptions ---------------------------------------------------------------------------------------------------
