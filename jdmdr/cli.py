@@ -67,8 +67,9 @@ def run(
         logging.set_verbosity(logging.FATAL)  # orbax logs the tracebacks of what it raises again
         if writes:
             processes.start(values.coordinator, values.processes, values.process, config.parallel.heartbeat)
-        from jdmdr import workdir  # after --help, which should not wait for heavy imports
+        from jdmdr import compile_cache, workdir  # after --help, which should not wait for heavy imports
 
+        compile_cache.switch_on()
         directory = pathlib.Path(values.workdir) if values.workdir else None
         with workdir.locked(directory) if writes else contextlib.nullcontext():
             if writes and processes.leads():

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from jdmdr import (
     cli,
+    compile_cache,
     evaluate,
     heartbeat,
     metrics,
@@ -336,6 +337,7 @@ def command(doc: str) -> None:
     def run(words: list[str], values: flags.FlagValues) -> int:
         if words:
             raise UserError(f"the argument {words[0]!r} belongs to no flag; write --follow=WORKDIR and nothing else")
+        compile_cache.switch_on()
         follow(pathlib.Path(values.follow), values.parent)
         return 0
 

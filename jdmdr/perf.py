@@ -138,5 +138,5 @@ def sentence(found: dict[str, Any], peak: float | None) -> str:
     parts = ", ".join(f"{100 * seconds / found['total']:.0f} % {name}" for name, seconds in shares)
     used = f", {found['flops_per_second'] / peak:.2f} of the matmul peak" if peak else ""
     return (
-        f"{found['steps']} steps in {found['total']:.0f} s: {parts}; {found['tokens_per_second']:,.0f} tokens/s{used}"
+        f"{found['steps']} steps in {found['total']:.3g} s: {parts}; {found['tokens_per_second']:,.0f} tokens/s{used}"
     )

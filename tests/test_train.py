@@ -149,7 +149,7 @@ def test_a_run_tells_its_memory_before_the_first_step_and_at_its_end_where_the_t
     found = json.loads((tmp_path / loop.GOODPUT).read_text())
     assert set(found["seconds"]) == {"computing", "waiting for batches", "compiling", "validating", "saving"}
     assert sum(found["seconds"].values()) == pytest.approx(found["total"]) and min(found["seconds"].values()) > 0
-    assert found["steps"] == 6 and f"6 steps in {found['total']:.0f} s: " in told
+    assert found["steps"] == 6 and f"6 steps in {found['total']:.3g} s: " in told
     config = tiny_config(recipe.config.data.root)
     config.warmup.steps = 6
     make_batch, _ = small_batches(recipe, config.warmup, config.weights)
