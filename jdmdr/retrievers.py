@@ -9,6 +9,7 @@
     DIR or HUB/NAME     a sentence-transformers directory or hub name (an export of jdmdr is one), with its own modules,
                         prompts and length
     run:PATTERN         TREC runs made elsewhere, a file a language: {lang} in PATTERN stands for its code
+    triples:PATTERN     negatives that a file of triples gives (jdmdr/triples.py), a file a language
     vectors:DIR         vectors made elsewhere (docs/data.md)
 
 and may be given a name, as in `splade=run:runs/{lang}.trec`; `PRESET=DIR` is that preset with weights from DIR.
@@ -24,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdmdr import encode, hashing, metrics
+from jdmdr import encode, hashing, metrics, progress, triples
 from jdmdr.corpus import Collection
 from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
@@ -35,6 +36,7 @@ from jdmdr.types import NO_HIT, Hits, UserError
 
 KEY = "mine.retrievers"
 WARMUP, BM25, RANDOM, ENCODER, RUN, VECTORS = "warmup", "bm25", "random", "encoder", "run", "vectors"
+TRIPLES = "triples"
 DENSE = (WARMUP, ENCODER, VECTORS)
 ENSEMBLE = "ensemble"  # the fused list's name among the runs
 RESERVED = (WARMUP, BM25, RANDOM, ENSEMBLE, "cross_encoder")
@@ -89,7 +91,7 @@ def _spec(entry: str, key: str) -> Spec:
     if source in (WARMUP, BM25, RANDOM) and not name:
         return Spec(source, source)
     kind, colon, place = source.partition(":")
-    if colon and kind in (RUN, VECTORS):
+    if colon and kind in (RUN, TRIPLES, VECTORS):
         if not place:
             raise UserError(f"{key}: {entry!r} names no file; write {kind}:PATH")
         return Spec(_checked(name or kind, key), kind, place)
@@ -98,7 +100,7 @@ def _spec(entry: str, key: str) -> Spec:
     if "/" not in source and not pathlib.Path(source).is_dir():
         raise UserError(
             f"{key}: {source!r} is neither a retriever nor a directory; there are {WARMUP}, {BM25}, {RANDOM}, "
-            f"{', '.join(PRESETS)}, a checkpoint's directory or HUB/NAME, {RUN}:PATH and {VECTORS}:DIR"
+            f"{', '.join(PRESETS)}, a checkpoint's directory or HUB/NAME, {RUN}:PATH, {TRIPLES}:PATH and {VECTORS}:DIR"
         )
     return Spec(_checked(name or pathlib.PurePath(source).name, key), ENCODER, source, name if name in PRESETS else "")
 
@@ -226,6 +228,33 @@ def external_run(path: pathlib.Path, qids: Sequence[str], collection: Collection
     return Retriever(search)
 
 
+def external_triples(
+    path: pathlib.Path, qids: Sequence[str], texts: Sequence[str], collection: Collection
+) -> Retriever:  # fmt: skip
+    """The negatives of a file of triples, in its order; a query that it lacks has no hit. Tells what of it is not known.
+
+    Raises UserError for a file that does not exist, and as `triples.read` does.
+    """
+    if not path.is_file():
+        raise UserError(f"mine.retrievers: {path} does not exist; write {{lang}} where the language's code stands")
+    given = triples.read(path, qids, texts, collection)
+    counts_Q = np.diff(given.offsets)
+    progress.say(
+        "  {}: {triples} triples; {unknown_queries} of no training query, {unknown_negatives} with a negative that is not in "
+        "the corpus; {} of {} queries have any, up to {}".format(
+            path, int((counts_Q > 0).sum()), len(qids), int(counts_Q.max()), **given.counts
+        )
+    )
+
+    def search(rows: np.ndarray, k: int) -> Hits:
+        there_QxK = np.arange(k) < counts_Q[rows][:, None]
+        found = np.where(there_QxK, given.offsets[rows][:, None] + np.arange(k), 0)
+        scores_QxK = np.where(there_QxK, -np.arange(k, dtype=np.float32), -np.inf)
+        return Hits(np.where(there_QxK, given.rows[found], NO_HIT), scores_QxK.astype(np.float32))
+
+    return Retriever(search)
+
+
 def external_vectors(directory: pathlib.Path, lang: str, qids: Sequence[str], collection: Collection) -> Vectors:
     """Vectors made elsewhere: `LANG.passages.npy`, `LANG.passages.txt`, `LANG.queries.npy`, `LANG.queries.txt`.
 
@@ -279,9 +308,9 @@ def named_rows(key: str, directory: pathlib.Path, stem: str, kind: str, wanted: 
 
 
 def external_files(spec: Spec, langs: Sequence[str]) -> tuple[pathlib.Path, ...]:
-    """The files there are of a run or of vectors made elsewhere; what the mining stage depends on."""
+    """The files there are of runs, triples or vectors made elsewhere; what the mining stage depends on."""
     paths: list[pathlib.Path] = []
-    if spec.kind == RUN:
+    if spec.kind in (RUN, TRIPLES):
         paths = [run_path(spec, lang) for lang in langs]
     elif spec.kind == VECTORS:
         parts = ("passages.npy", "passages.txt", "queries.npy", "queries.txt")

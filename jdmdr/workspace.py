@@ -194,6 +194,8 @@ class Workspace:
                 return retrievers.at_random(lang, len(collection), self.config.seed)
             case retrievers.RUN:
                 return retrievers.external_run(retrievers.run_path(spec, lang), qids, collection)
+            case retrievers.TRIPLES:
+                return retrievers.external_triples(retrievers.run_path(spec, lang), qids, texts, collection)
             case retrievers.VECTORS:
                 return search(retrievers.external_vectors(pathlib.Path(spec.source), lang, qids, collection))
         embeddings = self.directory / f"embeddings-{spec.name}" / lang

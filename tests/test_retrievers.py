@@ -29,7 +29,7 @@ def qids(finished):
 def test_every_kind_of_entry_is_read(tmp_path):
     (tmp_path / "model").mkdir()
     found = parse(
-        f"warmup, bm25,me5-small,bge-m3={tmp_path}/model,{tmp_path}/model,own=a/b,run:x/{{lang}}.trec,v=vectors:d"
+        f"warmup, bm25,me5-small,bge-m3={tmp_path}/model,{tmp_path}/model,own=a/b,run:x/{{lang}}.trec,v=vectors:d,triples:t.tsv"
     )
     assert found == [
         Spec("warmup", "warmup"),
@@ -40,8 +40,9 @@ def test_every_kind_of_entry_is_read(tmp_path):
         Spec("own", "encoder", "a/b"),
         Spec("run", "run", "x/{lang}.trec"),
         Spec("v", "vectors", "d"),
+        Spec("triples", "triples", "t.tsv"),
     ]
-    assert [spec.dense for spec in found] == [True, False, True, True, True, True, False, True]
+    assert [spec.dense for spec in found] == [True, False, True, True, True, True, False, True, False]
 
 
 @pytest.mark.parametrize(
