@@ -21,7 +21,14 @@ AVERAGE = "avg"  # the macro average's name among the languages
 
 LONGEST = 1000  # ranks a query that MS MARCO's script reads
 
-_TREC_NAMES = {"ndcg": "ndcg_cut_{}", "p": "P_{}", "recall": "recall_{}", "mrr": "recip_rank", "map": "map"}
+_TREC_NAMES = {
+    "ndcg": "ndcg_cut_{}",
+    "p": "P_{}",
+    "recall": "recall_{}",
+    "mrr": "recip_rank",
+    "map": "map",
+    "map@": "map_cut_{}",
+}
 _MEASURE = re.compile(r"(ndcg|msmarco_mrr|(?:p|recall|mrr|map)(?:\(rel=[1-9]\))?)(?:@([1-9]\d*))?")
 _BLOCK = 1 << 22  # values drawn at once
 
@@ -34,9 +41,9 @@ def evaluate_run(
 ) -> dict[str, dict[str, float]]:
     """{measure: {qid: value}} for every query of the qrels.
 
-    ndcg@k (linear gain), p@k (precision), recall@k, mrr@k and map are trec_eval's (pytrec_eval). The mean of the values is that of
+    ndcg@k (linear gain), p@k (precision), recall@k, mrr@k, map and map@k are trec_eval's (pytrec_eval). The mean of the values is that of
     `trec_eval -c`: a query absent from the run counts 0, and so does one without a relevant judgment; queries that only
-    the run has are left out. Relevance counts from 1, or from R in recall(rel=R)@k, mrr(rel=R)@k and map(rel=R).
+    the run has are left out. Relevance counts from 1, or from R in recall(rel=R)@k, mrr(rel=R)@k and map(rel=R). map@k divides by all that is relevant.
     trec_eval holds scores as float32 and orders equal ones by docid, descending. float32 scores that differ, as in
     `Hits`, keep their order; among equal ones docids decide here, not rows.
 
@@ -52,7 +59,7 @@ def evaluate_run(
             given = {qid: hit_ranks(hits) for qid, hits in scores.items()} if ranks is None else ranks
             values[measure] = {qid: _reciprocal_rank(of, given.get(qid, {}), depth) for qid, of in qrels.items()}
             continue
-        name = _TREC_NAMES[kind].format(depth)
+        name = _TREC_NAMES["map@" if kind == "map" and depth else kind].format(depth)
         seen = scores
         if kind == "mrr":
             seen = {qid: {docid: hits[docid] for docid in ranked(hits, depth)} for qid, hits in scores.items()}
@@ -64,9 +71,9 @@ def evaluate_run(
 def parse_measure(measure: str) -> tuple[str, int, int | None]:
     """Kind, least relevance and cut of a measure; raises UserError for what is none."""
     match = _MEASURE.fullmatch(measure)
-    if not match or (match[1].startswith("map") != (match[2] is None)):
+    if not match or (match[2] is None and not match[1].startswith("map")):
         raise UserError(
-            f"measure is {measure!r}: choose from ndcg@k, p@k, recall@k, mrr@k, map and msmarco_mrr@k, such as ndcg@10; "
+            f"measure is {measure!r}: choose from ndcg@k, p@k, recall@k, mrr@k, map, map@k and msmarco_mrr@k, such as ndcg@10; "
             "recall(rel=2)@k, mrr(rel=2)@k and map(rel=2) count relevance from 2"
         )
     kind, _, level = match[1].partition("(rel=")
@@ -91,15 +98,15 @@ def _reciprocal_rank(judged: Mapping[str, int], ranks: Mapping[str, int], depth:
     return 1 / first if first <= depth else 0.0
 
 
-def ranked(hits: Mapping[str, float], depth: int) -> list[str]:
-    """The first `depth` docids in trec_eval's order."""
+def ranked(hits: Mapping[str, float], depth: int | None) -> list[str]:
+    """The first `depth` docids in trec_eval's order; None: all."""
     scores = np.fromiter(hits.values(), np.float32, len(hits)).tolist()
     return [docid for _, docid in sorted(zip(scores, hits, strict=True), reverse=True)[:depth]]
 
 
-def unjudged_share(qrels: Qrels, run: Run, depth: int) -> dict[str, float]:
-    """The hole rate: for every query of the qrels that finds something, the share of its first `depth` hits that nobody
-    judged."""
+def unjudged_share(qrels: Qrels, run: Run, depth: int | None) -> dict[str, float]:
+    """The hole rate: for every query of the qrels that finds something, the share of its first `depth` hits (None: of all) that
+    nobody judged."""
     shares = {}
     for qid, judged in qrels.items():
         if found := ranked(run.get(qid, {}), depth):
@@ -171,10 +178,14 @@ def write_qrels(path: str | os.PathLike, qrels: Qrels) -> None:
 
 
 def read_run(path: str | os.PathLike) -> Run:
-    """{qid: {docid: score}} of a TREC run, or of a run in MS MARCO's form, whose scores are one over the rank.
+    """{qid: {docid: score}} of a TREC run; of a run in MS MARCO's form, whose scores are one over the rank; or of MS MARCO's
+    candidates (top1000), lines `qid TAB docid TAB query TAB passage` in no order: one over a docid's place among its query's.
 
     Raises `UserError` with the line on a malformed one, and on a docid that a TREC run repeats.
     """
+    first = next(iter(lines(path)), (0, ""))[1]
+    if first.count("\t") == 3:
+        return _read_candidates(path)
     if in_msmarco_form(path):
         return {qid: {docid: 1 / rank for docid, rank in of.items()} for qid, of in read_ranks(path)[0].items()}
     run: Run = {}
@@ -196,6 +207,20 @@ def read_run(path: str | os.PathLike) -> Run:
         if docid in hits:
             raise UserError(f"{path}, line {number}: docid {docid!r} stands twice for query {qid!r}, keep one line")
         hits[docid] = value
+    return run
+
+
+def _read_candidates(path: str | os.PathLike) -> Run:
+    run: Run = {}
+    for number, line in lines(path):
+        fields = line.split("\t")
+        if len(fields) != 4:
+            raise UserError(
+                f"{path}, line {number}: found {len(fields)} fields instead of the 4 of MS MARCO's candidates, qid TAB docid TAB "
+                "query TAB passage"
+            )
+        hits = run.setdefault(fields[0], {})
+        hits.setdefault(fields[1], 1 / (len(hits) + 1))
     return run
 
 

@@ -1,18 +1,21 @@
-"""Scores pairs of a query and a passage by a cross-encoder: as many as there are, in pieces that outlive a killed run."""
+"""Scores pairs of a query and a passage, by a cross-encoder or as inner products of a bi-encoder: as many as there are, in pieces
+that outlive a killed run."""
 
 from __future__ import annotations
 
 import itertools
 import os
 import pathlib
+import tempfile
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from ml_collections import ConfigDict
 
-from jdmdr import encoders, models, parallel, progress, tokenizer
-from jdmdr.encode import InBlocks
+from jdmdr import encoders, models, parallel, progress, retrievers, tokenizer
+from jdmdr.encode import Embedder, InBlocks, embed_texts
 from jdmdr.encoders.long_attention import MOST_GLOBAL
 from jdmdr.encoders.pretrained import find_checkpoint
 from jdmdr.tokenizer import CHARACTERS_PER_TOKEN
@@ -20,6 +23,7 @@ from jdmdr.types import Tokens, UserError
 
 # Pairs tokenised and scored at a time, on each device: what a killed run loses at most.
 PIECE = {"cpu": 256, "gpu": 8192, "tpu": 8192}
+DUAL_PIECE = 16 * PIECE["gpu"]  # of a bi-encoder, which encodes a passage once for all pairs of a piece
 QUERY_SHARE = 0.75  # of the tokens of a pair that a query may take; the rest is the passage's
 
 
@@ -163,8 +167,44 @@ class Scorer:
         return self._blocks.apply(self._params, pairs, np.arange(len(query_N)))
 
 
+class DualScorer:
+    """As `Scorer`, by the inner products of a bi-encoder's vectors.
+
+    Args:
+      spec: the bi-encoder, as `mine.retrievers` names one.
+      section: its `encoder` keys (`retrievers.encoder_section`).
+    """
+
+    def __init__(self, spec: retrievers.Spec, section: ConfigDict, mesh: jax.sharding.Mesh):
+        with tempfile.TemporaryDirectory() as scratch:
+            home = pathlib.Path(scratch)
+            name, as_in = retrievers.words(spec, section)
+            tokenizer.copy_pretrained(name, home, as_in)
+            self._tokenizers = {
+                side: tokenizer.Tokenizer(home, section[f"{side}_length"], section[f"{side}_prompt"])
+                for side in encoders.SIDES
+            }
+        config, self._params = models.start(section, self._tokenizers["query"].vocab_size, None, 0)
+        encoder = encoders.build(config)
+        self._embedders = {side: Embedder(encoder, mesh, section[f"{side}_length"], side) for side in encoders.SIDES}
+        self.piece = DUAL_PIECE
+
+    def queries(self, texts: Sequence[str]) -> np.ndarray:
+        """The vectors of queries, for `score`."""
+        return self._embed("query", texts)
+
+    def score(
+        self, queries: np.ndarray, query_N: np.ndarray, passages: Sequence[str], passage_N: np.ndarray
+    ) -> np.ndarray:
+        """The inner product of query `query_N[i]` and passage `passage_N[i]`, float32 N."""
+        return np.einsum("nd,nd->n", queries[query_N], self._embed("passage", passages)[passage_N])
+
+    def _embed(self, side: str, texts: Sequence[str]) -> np.ndarray:
+        return embed_texts(self._embedders[side], self._params, self._tokenizers[side], texts)
+
+
 def score_all(
-    scorer: Scorer, queries: Sequence[str], query_N: np.ndarray, passage_N: np.ndarray,
+    scorer: Scorer | DualScorer, queries: Sequence[str], query_N: np.ndarray, passage_N: np.ndarray,
     texts: Callable[[np.ndarray], Sequence[str]], path: pathlib.Path, bar: Any,
 ) -> np.ndarray:  # fmt: skip
     """Scores N pairs piece by piece, each appended to `path` when it is done; a second call goes on behind the last one.

@@ -1,13 +1,17 @@
-"""Ranks the hits of a run afresh by a cross-encoder.
+"""Ranks the hits of a run, or candidates, afresh by a cross-encoder or a bi-encoder.
 
     python -m jdmdr.rerank 'runs/bm25/{lang}.trec' --model=NAME --data=DIR --out=runs/reranked
     python -m jdmdr.rerank 'runs/dmdr/evaluate/dev.dmdr.{lang}.trec' --model=NAME --data=runs/dmdr --out=runs/reranked
+    python -m jdmdr.rerank MSMARCO/top1000.dev --encoder=runs/ance/export --data=MSMARCO --depth=1000 --out=runs/reranked
 
     --model NAME     cross-encoder: a Hugging Face name or directory (BERT, RoBERTa or XLM-R with a classification head)
+    --encoder NAME   instead, a bi-encoder as mine.retrievers names one: an export of jdmdr, a sentence-transformers directory, a
+                     preset or PRESET=DIR, with its own prompts
     --data DIR       queries and passages: a data root (docs/data.md), or a working directory
     --out DIR        where LANG.trec are written; the same command goes on there after it was stopped
     --depth N        hits of each query that are scored, and that its new list has; 100 by default
-    --length N       tokens of query, passage and special tokens together; 512 by default
+    --length N       tokens of query, passage and special tokens together, with --encoder of a passage; 512 by default
+    --query_length N with --encoder: tokens of a query; 64 by default
     --label NAME     of a cross-encoder with several labels, the one that means relevant
     --topics NAME    the set of queries that the run answers; by default all sets are looked through
     --corpus NAME    what the run searched: own (the default; the query's language), a language, or pool (all of them)
@@ -15,7 +19,8 @@
     --fields LIST    fields of a data root's passages that are their text; title,text by default
     --dtype NAME     float32 or bfloat16 of the matmuls; by default float32 on CPU, else bfloat16
 
-A run is a TREC run, or in MS MARCO's form; in its path {lang} stands for the language. Scores are the log-odds of being relevant; jdmdr.score measures the result.
+A run is a TREC run, or in MS MARCO's form, or MS MARCO's candidates, `qid TAB docid TAB query TAB passage`; in its path {lang} stands
+for the language. Scores are the log-odds of being relevant, or inner products; jdmdr.score measures the result.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from jdmdr.score import LANG, ONE, find
 from jdmdr.splits import OWN, POOL
 from jdmdr.types import NO_HIT, UserError
 
+DEFAULT_QUERY = 64  # tokens
 WEIGHTS = ("*.json", "*.model", "*.txt", "*.safetensors", "*.bin")  # files of a checkpoint that its scores depend on
 TAG = "rerank"
 
@@ -210,6 +216,8 @@ def promise(out: pathlib.Path, made_from: dict[str, Any]) -> None:
 
 def main() -> None:
     flags.DEFINE_string("model", "", "The cross-encoder.")
+    flags.DEFINE_string("encoder", "", "Instead, a bi-encoder.")
+    flags.DEFINE_integer("query_length", DEFAULT_QUERY, "Tokens of a query, with --encoder.", lower_bound=1)
     flags.DEFINE_string("data", "", "A data root, or a working directory.")
     flags.DEFINE_string("out", "", "Directory to write to.")
     flags.DEFINE_integer("depth", 100, "Hits of a query.", lower_bound=1)
@@ -225,40 +233,62 @@ def main() -> None:
 
 
 def _command(words: list[str], values: flags.FlagValues) -> int:
-    if len(words) != 1 or not (values.model and values.data and values.out):
-        raise UserError("one run, --model, --data and --out are needed; write python -m jdmdr.rerank RUN --model=NAME "
-                        "--data=DIR --out=DIR")  # fmt: skip
+    if len(words) != 1 or not (bool(values.model) != bool(values.encoder) and values.data and values.out):
+        raise UserError("one run, --model or --encoder, --data and --out are needed; write python -m jdmdr.rerank RUN "
+                        "--model=NAME --data=DIR --out=DIR")  # fmt: skip
+    if values.encoder and values.label:
+        raise UserError("--label is for a cross-encoder, and --encoder names a bi-encoder; leave it out")
     out = pathlib.Path(values.out)
     sources = open_data(pathlib.Path(values.data), corpus.parse_fields(values.fields))
     runs = runs_of(words[0], values.lang, sources)
     searched = {lang: _searched(lang, values.corpus, sources) for lang in runs}
 
-    from jdmdr import pairs, parallel  # late: a mistake on the command line needs no jax
-    from jdmdr.encoders.pretrained import find_checkpoint
-
-    model = find_checkpoint(values.model)
-    settings = {
-        name: values[name].value for name in ("depth", "length", "label", "topics", "corpus", "fields", "dtype")
-    }
+    checkpoints, open_scorer = _scorer(values)
+    settings = ("depth", "length", "label", "topics", "corpus", "fields", "dtype", "query_length")
+    settings = {name: values[name].value for name in settings if values.encoder or name != "query_length"}
     inputs = {
-        "model": {path.name: workdir.file_digest(path) for glob in WEIGHTS for path in sorted(model.glob(glob))},
+        "model": {
+            str(path.relative_to(home)): workdir.file_digest(path)
+            for home in checkpoints
+            for glob in WEIGHTS
+            for path in sorted(home.rglob(glob) if values.encoder else home.glob(glob))
+        },
         "run": {lang: workdir.file_digest(path) for lang, path in runs.items()},
         "passages": {lang: sources[lang].stamp for of in searched.values() for lang in of},
     }
     made_from = {"version": __version__, "settings": settings, "inputs": inputs}
     with workdir.locked(out, "--out"):
         promise(out, workdir.as_json(made_from))
-        section = types.SimpleNamespace(name=str(model), label=values.label, length=values.length)
         scorer = None
         for lang, path in runs.items():
             target = out / f"{lang}.trec"
             if target.exists():
                 progress.say(f"{lang}: up to date")
                 continue
-            scorer = scorer or pairs.Scorer(section, values.dtype, parallel.data_mesh())
+            scorer = scorer or open_scorer()
             rerank(path, lang, sources, searched[lang], values.topics, values.depth, scorer, target)
     print(f"{out / LANG}.trec: {', '.join(runs)}; python -m jdmdr.score '{out / LANG}.trec' --qrels=FILE measures them")
     return 0
+
+
+def _scorer(values: flags.FlagValues) -> tuple[list[pathlib.Path], Callable[[], Any]]:
+    """The directories of the checkpoints that score, and what opens their scorer."""
+    from ml_collections import ConfigDict
+
+    from jdmdr import pairs, parallel, retrievers  # late: a mistake on the command line needs no jax
+    from jdmdr.encoders.pretrained import find_checkpoint
+
+    if values.model:
+        home = find_checkpoint(values.model)
+        section = types.SimpleNamespace(name=str(home), label=values.label, length=values.length)
+        return [home], lambda: pairs.Scorer(section, values.dtype, parallel.data_mesh())
+    spec = retrievers.parse(values.encoder, "--encoder")[0]
+    if spec.kind != retrievers.ENCODER:
+        raise UserError(f"--encoder is {values.encoder!r}; it is a preset, PRESET=DIR, a directory or HUB/NAME")
+    own = {"query_length": values.query_length, "passage_length": values.length, "dtype": values.dtype}
+    section = retrievers.encoder_section(spec, ConfigDict({**own, "attention_dropout": None}))
+    homes = [find_checkpoint(name) for name in (section.name, section.passage_name) if name]
+    return homes, lambda: pairs.DualScorer(spec, section, parallel.data_mesh())
 
 
 if __name__ == "__main__":

@@ -25,7 +25,11 @@ from jdmdr.workdir import atomic, read_json, write_json
 
 MEASURES = ("ndcg@10", "recall@100", "mrr@10", "map")
 TESTED = ("ndcg@10", "recall@100")  # measures with an interval and with tests; those that a recipe adds have them too
-UNJUDGED = {"hole@10": 10, "unjudged@100": 100}  # share of unjudged passages among the first hits
+UNJUDGED = {
+    "hole@10": 10,
+    "unjudged@100": 100,
+    "hole": None,
+}  # share of unjudged passages among the first hits; None: all
 DECIMALS = 6
 QUERIES = ".queries.tsv"
 COLUMNS = ("lang", "qid", "system")  # and the measures

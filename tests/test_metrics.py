@@ -11,6 +11,7 @@ from jdmdr.metrics import (
     parse_measures,
     read_ranks,
     read_run,
+    unjudged_share,
     write_run,
 )
 from jdmdr.types import NO_HIT, Hits, UserError
@@ -48,7 +49,7 @@ def test_equal_scores_are_ordered_by_docid_from_the_top_as_in_trec_eval():
 
 
 def test_unknown_measures_are_named():
-    for measure in ("ndcg", "ndcg@0", "precision@5", "map@10"):
+    for measure in ("ndcg", "ndcg@0", "precision@5", "map@0"):
         with pytest.raises(UserError, match=repr(measure)):
             evaluate_run(QRELS, RUN, [measure])
 
@@ -183,4 +184,62 @@ def test_a_malformed_or_too_long_msmarco_run_is_refused_with_its_line(tmp_path, 
     path = tmp_path / "run.tsv"
     path.write_text(f"q\te\t1\n{line}\n")
     with pytest.raises(UserError, match=rf"line 2: .*{says}"):
+        read_run(path)
+
+
+# -------------------------------------------------------------------------------------------------- hand-made rankings
+
+
+def by_hand(qrels, ranking, depth):
+    """ANCE's measures of one language, from lists of docids, best first."""
+    total = dict.fromkeys(("msmarco_mrr", "map", "ndcg", "recall"), 0.0)
+    holes = {depth: [], None: []}
+    for qid, judged in qrels.items():
+        hits = ranking.get(qid, [])
+        relevant = [docid for docid, rel in judged.items() if rel > 0]
+        found = [rank for rank, docid in enumerate(hits[:depth], 1) if docid in relevant]
+        total["msmarco_mrr"] += 1 / found[0] if found else 0
+        total["map"] += sum(n / rank for n, rank in enumerate(found, 1)) / max(len(relevant), 1)
+        gains = [max(judged.get(docid, 0), 0) / math.log2(rank + 1) for rank, docid in enumerate(hits[:depth], 1)]
+        best = sorted((rel for rel in judged.values() if rel > 0), reverse=True)[:depth]
+        ideal = sum(rel / math.log2(rank + 1) for rank, rel in enumerate(best, 1))
+        total["ndcg"] += sum(gains) / ideal if ideal else 0
+        total["recall"] += len(set(hits[:1000]) & set(relevant)) / max(len(relevant), 1)
+        for cut, of in holes.items():
+            if hits:
+                of.append(sum(docid not in judged for docid in hits[:cut]) / len(hits[:cut]))
+    return {name: value / len(qrels) for name, value in total.items()} | {
+        "hole": {c: np.mean(of) for c, of in holes.items()}
+    }
+
+
+def test_ances_measures_equal_hand_made_ones_over_all_reference_queries_and_0_is_an_ordinary_id():
+    rng = np.random.default_rng(5)
+    qrels, ranking = {}, {}
+    for q in range(30):
+        judged = rng.choice(40, rng.integers(1, 12), replace=False)
+        qrels[str(q)] = {str(d): int(rel) for d, rel in zip(judged, rng.integers(0, 4, len(judged)), strict=True)}
+        if q % 6:
+            ranking[str(q)] = [str(d) for d in rng.permutation(40)[: rng.integers(5, 30)]]
+    qrels["0"], ranking["0"] = {"0": 3, "5": 0}, ["7", "0", "5"]  # of the query 0 the passage 0
+    run = {qid: {docid: 100.0 - rank for rank, docid in enumerate(hits)} for qid, hits in ranking.items()}
+    expected = by_hand(qrels, ranking, 10)
+    measures = {"msmarco_mrr@10": "msmarco_mrr", "map@10": "map", "ndcg@10": "ndcg", "recall@1000": "recall"}
+    found = evaluate_run(qrels, run, parse_measures(",".join(measures)))
+    for measure, name in measures.items():
+        assert sum(found[measure].values()) / len(qrels) == pytest.approx(expected[name], abs=1e-6), measure
+    assert found["msmarco_mrr@10"]["0"] == 1 / 2 and found["ndcg@10"]["0"] == pytest.approx(1 / math.log2(3))
+    for depth, share in expected["hole"].items():
+        assert np.mean(list(unjudged_share(qrels, run, depth).values())) == pytest.approx(share)
+    assert unjudged_share(qrels, run, 1)["0"] == 1 and unjudged_share(qrels, run, None)["0"] == pytest.approx(1 / 3)
+
+
+def test_candidates_of_msmarco_are_read_as_a_run(tmp_path):
+    path = tmp_path / "top1000.dev"
+    path.write_text(
+        "7\t0\twho is it\tsome passage\n7\t12\twho is it\tanother\n8\t0\twhy\tsome passage\n7\t0\twho is it\tagain\n"
+    )
+    assert read_run(path) == {"7": {"0": 1.0, "12": 0.5}, "8": {"0": 1.0}}
+    path.write_text("7\t0\twho\tsome\n7\t1\twho\n")
+    with pytest.raises(UserError, match="line 2: found 3 fields instead of the 4 of MS MARCO's candidates"):
         read_run(path)

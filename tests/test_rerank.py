@@ -13,8 +13,9 @@ import pytest
 from conftest import REPO
 from test_cross_encoder import make_classifier
 
-from jdmdr import corpus, datasets, metrics, pairs, parallel, rerank, score
-from jdmdr.types import UserError
+from jdmdr import corpus, datasets, encoders, metrics, pairs, parallel, rerank, score
+from jdmdr.tokenizer import Tokenizer
+from jdmdr.types import Tokens, UserError
 
 LENGTH, DEPTH = 20, 12
 LANGS = ("aa", "bb")
@@ -218,3 +219,31 @@ def test_killed_half_way_it_goes_on_and_ends_the_same(model, tmp_path):
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     assert (tmp_path / "killed" / "aa.trec").read_bytes() == (tmp_path / "whole" / "aa.trec").read_bytes()
+
+
+def test_candidates_stand_in_the_order_of_a_bi_encoders_inner_products(root, model, tmp_path, command):
+    """MS MARCO's candidates, by mean-pooled BERT; against one text at a time."""
+    rows = [json.loads(line) for line in (root / "corpus" / "aa.jsonl").read_text().splitlines()]
+    texts = {row["docid"]: f"{row['title']} {row['text']}" for row in rows}
+    queries = dict(line.split("\t") for line in (root / "topics" / "aa.test.tsv").read_text().splitlines())
+    random = np.random.default_rng(2)
+    candidates = {qid: [f"d{d}" for d in random.permutation(30)[:9]] for qid in queries}
+    lines = [f"{qid}\t{docid}\t{queries[qid]}\t{texts[docid]}\n" for qid, of in candidates.items() for docid in of]
+    (tmp_path / "top1000.dev").write_text("".join(random.permutation(lines)))
+    done = command("jdmdr.rerank", tmp_path / "top1000.dev", f"--encoder={model}", f"--data={root}", f"--out={tmp_path / 'out'}",
+                   "--topics=test", "--lang=aa", f"--length={LENGTH}", "--query_length=6", "--depth=9")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    config, params = encoders.load_pretrained(model)
+    encoder = encoders.build(config)
+
+    def vector(text, length):
+        (ids,) = Tokenizer(model, length).encode([text])
+        tokens = Tokens(ids[None], np.ones((1, len(ids)), np.int32))
+        return np.asarray(encoder.apply(params, tokens))[0].astype(np.float64)
+
+    for qid, hits in metrics.read_run(tmp_path / "out" / "aa.trec").items():
+        expected = {d: vector(queries[qid], 6) @ vector(texts[d], LENGTH) for d in candidates[qid]}
+        assert hits == pytest.approx(expected, rel=1e-4)
+        assert list(hits) == sorted(hits, key=hits.get, reverse=True)
+    wrong = command("jdmdr.rerank", "x", f"--encoder={model}", f"--model={model}", "--data=d", "--out=o")
+    assert wrong.returncode == 2 and "--model or --encoder" in wrong.stderr
