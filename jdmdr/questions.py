@@ -1,10 +1,13 @@
 """Turns questions with answer strings into queries of a data root, and keeps their answers for `jdmdr.answers`.
 
     python -m jdmdr.questions KorQuAD_v1.0_dev.json --lang=ko --out=DIR
+    python -m jdmdr.questions biencoder-nq-train.json --split=train --out=NQ
+    python -m jdmdr.questions nq-test.qa.csv --split=test --out=NQ
     python -m jdmdr.questions xor_dev_retrieve_eng_span_v1_1.jsonl --corpus=en --gold=GOLD.json --out=DIR
 
-    FILE            SQuAD's form (KorQuAD 1.0), or XOR-TyDi's: an object {"id", "question", "lang", "answers"} a line
-    --lang CODE     of the questions; SQuAD's form does not tell it, of XOR-TyDi's it keeps this one; empty: all
+    FILE            SQuAD's form (KorQuAD 1.0); XOR-TyDi's: an object {"id", "question", "lang", "answers"} a line, .jsonl; or DPR's:
+                    training samples, a JSON list, or questions, .csv (jdmdr/dpr.py). Several files make one split
+    --lang CODE     of the questions; SQuAD's form does not tell it, of XOR-TyDi's it keeps this one; empty: all; DPR's are English
     --corpus CODE   of the passages that are searched; empty: that of the questions
     --split NAME    "dev" by default
     --gold FILE     in SQuAD's form: the paragraphs of these questions, by their ids
@@ -13,21 +16,27 @@ Writes topics/LANG.SPLIT.tsv and answers/LANG.SPLIT.jsonl, {"qid", "answers", "t
 paragraph: its article, and the answer there with 5 characters on either side. Questions that are asked in another language's
 corpus are the split QUESTION-SPLIT of that language, such as en.ko-dev: --config.data.splits=ko-dev=ko-dev:none:own.
 Every question is kept, and all its answers.
+
+DPR's questions have no ids: they are SPLIT-1, SPLIT-2 ... by their place in the files. Its samples give qrels/LANG.SPLIT.tsv too,
+with all positives of a sample, not the first alone; samples without a positive or without a hard negative are left out, and their
+negatives are not read. The passages need no conversion: psgs_w100.tsv lies in the data root as it is.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from absl import flags
 
-from jdmdr import cli, reading, workdir
+from jdmdr import cli, dpr, reading, workdir
 from jdmdr.corpus import write_jsonl
 from jdmdr.types import UserError
 
+DPR_LANG = "en"
 AROUND = 5  # characters on either side of the answer
 
 
@@ -38,10 +47,31 @@ class Question(NamedTuple):
     answers: list[str]
     title: str = ""  # of the gold paragraph's article
     window: str = ""  # the first answer there, and what stands around it
+    positives: Sequence[str] = ()  # docids
 
 
-def read(path: pathlib.Path, lang: str) -> Iterator[Question]:
-    """The questions of a file in either form. Raises UserError for what is in neither."""
+def read(paths: Sequence[pathlib.Path], lang: str, split: str) -> Iterator[Question]:
+    """The questions of files in any form. Raises UserError for what is in none."""
+    numbers = itertools.count(1)
+    for path in paths:
+        asked = _of_dpr(path)
+        if asked is None:
+            yield from _named(path, lang)
+            continue
+        for of, number in zip(asked, numbers, strict=False):
+            if of:
+                yield Question(f"{split}-{number}", of.text, lang or DPR_LANG, of.answers, positives=of.positives)
+
+
+def _of_dpr(path: pathlib.Path) -> Iterator[dpr.Asked | None] | None:
+    """The questions of a file in one of DPR's forms; None for another file."""
+    if path.name.removesuffix(".gz").endswith(".csv"):
+        return dpr.questions(path)
+    return dpr.samples(path) if reading.is_json_list(path) else None
+
+
+def _named(path: pathlib.Path, lang: str) -> Iterator[Question]:
+    """The questions of a file whose form has ids."""
     if path.name.removesuffix(".gz").endswith(".jsonl"):
         for number, line in reading.lines(path):
             row = reading.json_object(line, path, number)
@@ -93,24 +123,26 @@ def _line(text: str) -> str:
 
 
 def write(
-    path: pathlib.Path, lang: str, corpus: str, split: str, gold: pathlib.Path | None, out: pathlib.Path
+    paths: Sequence[pathlib.Path], lang: str, corpus: str, split: str, gold: pathlib.Path | None, out: pathlib.Path
 ) -> dict[str, int]:  # fmt: skip
-    """Writes topics and answers; returns how many questions each topics file has."""
+    """Writes topics, answers and, of questions with positives, qrels; returns how many questions each topics file has."""
     paragraphs = {question.qid: question for question in squad(gold, "")} if gold else {}
     files: dict[str, list[Question]] = {}
-    for question in read(path, lang):
+    for question in read(paths, lang, split):
         searched = corpus or question.lang
         if found := paragraphs.get(question.qid):
             question = question._replace(title=found.title, window=found.window)
         name = f"{searched}.{split}" if searched == question.lang else f"{searched}.{question.lang}-{split}"
         files.setdefault(name, []).append(question)
     if not files:
-        raise UserError(f"{path} holds no question{f' in {lang!r}' if lang else ''}")
+        raise UserError(f"{paths[0]} holds no question{f' in {lang!r}' if lang else ''}")
     for name, questions in files.items():
         qids = [question.qid for question in questions]
         if double := next((qid for qid in qids if qids.count(qid) > 1), None) if len({*qids}) < len(qids) else None:
-            raise UserError(f"{path}: the question {double!r} is there twice; keep one of them")
+            raise UserError(f"{paths[0]}: the question {double!r} is there twice; keep one of them")
         workdir.write_text(out / "topics" / f"{name}.tsv", "".join(f"{q.qid}\t{q.text}\n" for q in questions))
+        if judged := [f"{q.qid}\tQ0\t{docid}\t1\n" for q in questions for docid in dict.fromkeys(q.positives)]:
+            workdir.write_text(out / "qrels" / f"{name}.tsv", "".join(judged))
         kept = ({key: getattr(q, key) for key in ("qid", "answers", "title", "window")} for q in questions)
         write_jsonl(out / "answers" / f"{name}.jsonl", kept)
     return {name: len(questions) for name, questions in files.items()}
@@ -126,10 +158,11 @@ def main() -> None:
 
 
 def _command(words: list[str], values: flags.FlagValues) -> int:
-    if len(words) != 1 or not values.out:
-        raise UserError("name one file of questions, and the data root with --out")
+    if not words or not values.out:
+        raise UserError("name a file of questions, and the data root with --out")
     gold = pathlib.Path(values.gold) if values.gold else None
-    counts = write(pathlib.Path(words[0]), values.lang, values.corpus, values.split, gold, pathlib.Path(values.out))
+    paths = [pathlib.Path(word) for word in words]
+    counts = write(paths, values.lang, values.corpus, values.split, gold, pathlib.Path(values.out))
     for name, count in counts.items():
         print(f"{count} questions: {pathlib.Path(values.out) / 'topics' / name}.tsv")
     return 0

@@ -7,9 +7,12 @@ text. A lone surrogate (a `\\ud800` escape), which is no Unicode text, becomes U
 
 from __future__ import annotations
 
+import contextlib
+import csv
 import functools
 import gzip
 import io
+import itertools
 import json
 import re
 import zlib
@@ -26,6 +29,7 @@ TREC = ["qid", "Q0", "docid", "rel"]
 BEIR_HEADER = ["query-id", "corpus-id", "score"]
 PASSAGE_FIELDS = {"docid": "text", "_id": "text", "id": "contents"}  # id and text: MIRACL; BEIR; Mr. TyDi, Pyserini
 TSV_FIELDS = {2: ("docid", "text"), 4: ("docid", "url", "title", "text")}  # MS MARCO's passages; its documents
+DPR_HEADER = ["id", "text", "title"]  # of DPR's passages, psgs_w100.tsv, whose fields may stand in quotes
 BLANK = " "
 
 OnError = Callable[[UserError], None] | None  # what is told of a line that cannot be read; None: the error is raised
@@ -33,6 +37,7 @@ Record = TypeVar("Record")
 
 _BUFFER = 1 << 20
 _TELL_EVERY = 2048  # lines
+_LARGEST = 1 << 28  # characters of an object in a JSON list
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -71,12 +76,83 @@ def lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator
         raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
 
 
+def json_list(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Streams the objects of a file that holds one JSON list, gzipped or not, with their numbers, from 1.
+
+    Held are an object and about as much of the file again. Raises UserError for what is no list of objects.
+    """
+    decoder, number = json.JSONDecoder(), 0
+    try:
+        with _text(path) as text:
+            held, place = text.read(_BUFFER).lstrip(), 1
+            if held[:1] != "[":
+                raise UserError(f"{path} is no JSON list; it starts with {_short(held[:20])}")
+            while True:
+                place += re.compile(r"[\s,]*").match(held, place).end() - place
+                if held[place : place + 1] == "]":
+                    return
+                try:
+                    row, end = decoder.raw_decode(held, place)
+                except json.JSONDecodeError as error:
+                    held, place = held[place:], 0
+                    inside = (
+                        error.msg.startswith("Unterminated")
+                        or error.pos - (len(error.doc) - len(held)) > len(held) - 16
+                    )
+                    more = text.read(max(_BUFFER, len(held))) if inside and len(held) < _LARGEST else ""
+                    if not more:
+                        raise UserError(
+                            f"{path}, entry {number + 1}: not valid JSON, or cut off ({error.msg})"
+                        ) from error
+                    held += more
+                    continue
+                if type(row) is not dict:
+                    raise UserError(f"{path}, entry {number + 1}: {_short(row)} where a JSON object is expected")
+                number, place = number + 1, end
+                yield number, row
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: behind entry {number} stands what is not UTF-8; convert the file to UTF-8") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise UserError(
+            f"{path}: the gzip data is cut off or damaged behind entry {number}; copy the file again"
+        ) from error
+    except RecursionError as error:
+        raise UserError(f"{path}, entry {number + 1}: JSON that is nested too deep") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); a readable file is expected there") from error
+
+
+def is_json_list(path: Path) -> bool:
+    """Whether the file begins as a JSON list does."""
+    try:
+        with _text(path) as text:
+            return text.read(_TELL_EVERY).lstrip()[:1] == "["
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError):
+        return False  # whoever reads it tells
+
+
+@contextlib.contextmanager
+def _text(path: Path) -> Iterator[io.TextIOWrapper]:
+    with open(path, "rb", _BUFFER) as handle:
+        gzipped = handle.peek(2)[:2] == b"\x1f\x8b"
+        yield io.TextIOWrapper(gzip.GzipFile(fileobj=handle) if gzipped else handle, "utf-8-sig")
+
+
+def csv_fields(line: str, count: int) -> list[str]:
+    """The `count` fields between TABs, quoted or not, of a line; where quotation marks do not give so many, they are text."""
+    try:
+        fields = next(csv.reader([line], delimiter="\t"))
+    except csv.Error:
+        return line.split("\t")
+    return fields if len(fields) == count else line.split("\t")
+
+
 def passages(path: Path, fields: Sequence[str] = FIELDS, separator: str = BLANK) -> Iterator[Passage]:
     """Streams the passages of a corpus shard; a title that is absent or null is empty.
 
     A row is {"docid", "title", "text"}, {"_id", "title", "text"} (BEIR) or {"id", "contents"} (Mr. TyDi), whose contents
     are the title, an empty line and the text; in a .tsv file `docid TAB text` or `docid TAB url TAB title TAB text` (MS
-    MARCO), without the blanks at a field's end. The text is the `fields` joined by `separator`. A title that is the first
+    MARCO), without the blanks at a field's end, or under the header `id TAB text TAB title` those three (DPR). The text is the `fields` joined by `separator`. A title that is the first
     of them stands apart as the passage's title.
     """
     return (passage for _, passage in numbered_passages(path, fields=fields, separator=separator))
@@ -87,8 +163,12 @@ def numbered_passages(
     fields: Sequence[str] = FIELDS, separator: str = BLANK,
 ) -> Iterator[tuple[int, Passage]]:  # fmt: skip
     """As `passages`, each with the number of its line."""
-    row_of = _tsv_row if ".tsv" in path.suffixes else json_object
-    return _records(path, functools.partial(_passage, fields, separator, row_of), on_error, on_bytes)
+    row_of, header = json_object, False
+    if ".tsv" in path.suffixes:
+        header = next(lines(path), (0, ""))[1].split("\t") == DPR_HEADER
+        row_of = _dpr_row if header else _tsv_row
+    records = _records(path, functools.partial(_passage, fields, separator, row_of), on_error, on_bytes)
+    yield from itertools.islice(records, int(header), None)
 
 
 def train_rows(path: Path, on_error: OnError = None) -> Iterator[TrainRow]:
@@ -215,6 +295,14 @@ def _tsv_row(line: str, path: Path, number: int) -> dict[str, Any]:
         forms = " or ".join(" TAB ".join(names) for names in TSV_FIELDS.values())
         raise bad_line(path, number, f"{len(values)} TAB-separated fields where {forms} is expected")
     return dict(zip(TSV_FIELDS[len(values)], values, strict=True))
+
+
+def _dpr_row(line: str, path: Path, number: int) -> dict[str, Any]:
+    values = csv_fields(line, len(DPR_HEADER))
+    if len(values) != len(DPR_HEADER):
+        raise bad_line(path, number, f"{len(values)} TAB-separated fields where {' TAB '.join(DPR_HEADER)} is expected")
+    docid, text, title = values
+    return {"docid": docid, "title": title, "text": text}
 
 
 def _judgment(line: str, form: list[str], path: Path, number: int) -> tuple[str, str, int]:

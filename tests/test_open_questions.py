@@ -115,17 +115,17 @@ def test_every_question_and_every_answer_is_kept_with_its_place(tmp_path):
         tmp_path / "dev.json",
         ("한_강", context, [("1", "길이는?", ["494", "494 km"]), ("2", "어디를\n지나는가?", ["서울"])]),
     )
-    assert questions.write(tmp_path / "dev.json", "ko", "", "dev", None, tmp_path) == {"ko.dev": 2}
+    assert questions.write([tmp_path / "dev.json"], "ko", "", "dev", None, tmp_path) == {"ko.dev": 2}
     assert (tmp_path / "topics" / "ko.dev.tsv").read_text(encoding="utf-8") == "1\t길이는?\n2\t어디를 지나는가?\n"
     rows = [
         json.loads(line) for line in (tmp_path / "answers" / "ko.dev.jsonl").read_text(encoding="utf-8").splitlines()
     ]
     assert rows[0] == {"qid": "1", "answers": ["494", "494 km"], "title": "한 강", "window": " 길이가 494 km이다"}
     with pytest.raises(UserError, match="--lang is missing"):
-        list(questions.read(tmp_path / "dev.json", ""))
+        list(questions.read([tmp_path / "dev.json"], "", "dev"))
     (tmp_path / "bad.json").write_text('{"data": [{"title": "x"}]}')
     with pytest.raises(UserError, match="not in SQuAD's form .KeyError: 'paragraphs'"):
-        list(questions.read(tmp_path / "bad.json", "ko"))
+        list(questions.read([tmp_path / "bad.json"], "ko", "dev"))
 
 
 def test_questions_about_another_languages_corpus_are_a_split_of_it(tmp_path):
@@ -133,13 +133,13 @@ def test_questions_about_another_languages_corpus_are_a_split_of_it(tmp_path):
              {"id": "6", "question": "ナイル川?", "lang": "ja", "answers": ["north"]}]  # fmt: skip
     (tmp_path / "xor.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     squad(tmp_path / "gold.json", ("Nile", ENGLISH, [("5", "?", ["Egypt"])]))
-    both = questions.write(tmp_path / "xor.jsonl", "", "en", "dev", tmp_path / "gold.json", tmp_path / "all")
+    both = questions.write([tmp_path / "xor.jsonl"], "", "en", "dev", tmp_path / "gold.json", tmp_path / "all")
     assert both == {"en.ko-dev": 1, "en.ja-dev": 1}
     row = json.loads((tmp_path / "all" / "answers" / "en.ko-dev.jsonl").read_text())
     assert row == {"qid": "5", "answers": ["Egypt"], "title": "Nile", "window": "ough Egypt to s"}
-    assert questions.write(tmp_path / "xor.jsonl", "ko", "en", "dev", None, tmp_path) == {"en.ko-dev": 1}
+    assert questions.write([tmp_path / "xor.jsonl"], "ko", "en", "dev", None, tmp_path) == {"en.ko-dev": 1}
     with pytest.raises(UserError, match="no question in 'fi'"):
-        questions.write(tmp_path / "xor.jsonl", "fi", "en", "dev", None, tmp_path)
+        questions.write([tmp_path / "xor.jsonl"], "fi", "en", "dev", None, tmp_path)
 
 
 # -------------------------------------------------------------------------------------------------------------- answers

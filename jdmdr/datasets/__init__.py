@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 EXPECTED = (
     "expected corpus/LANG.jsonl[.gz] or corpus/LANG/*.jsonl[.gz] with topics/LANG.SPLIT.tsv and qrels/LANG.SPLIT.tsv, "
-    "or the published directories and file names of MIRACL, Mr. TyDi, MS MARCO or a BEIR data set"
+    "or the published directories and file names of MIRACL, Mr. TyDi, MS MARCO, DPR's passages or a BEIR data set"
 )
 UNNAMED = "en"  # the language of a BEIR data set whose directory does not tell
 

@@ -125,7 +125,14 @@ def msmarco(root: Path) -> Iterator[Entry]:
             yield found[0], "en", found[1], [path]
 
 
-LAYOUTS = {"plain": plain, "miracl": miracl, "mrtydi": mrtydi, "beir": beir, "msmarco": msmarco}
+def dpr(root: Path) -> Iterator[Entry]:
+    """DPR's passages of Wikipedia (Karpukhin et al., EMNLP 2020); `jdmdr.questions` makes topics and qrels of its questions."""
+    for path in _listing(root):
+        if path.name.removesuffix(".gz") == "psgs_w100.tsv":
+            yield "corpus", "en", "", [path]
+
+
+LAYOUTS = {"plain": plain, "miracl": miracl, "mrtydi": mrtydi, "beir": beir, "msmarco": msmarco, "dpr": dpr}
 
 
 def _listing(directory: Path) -> list[Path]:
