@@ -93,6 +93,8 @@ class Recipe(MiningStages, TeachingStages):
         read = ("bitext",) if trained and distill.has_bitext(c) else ()
         learned = [*(["embeddings-warmup"] if searching else []), *(["negatives"] if mined else []),
                    *([] if distilling else ["topics"]), *(stage.name for stage in teaching)]  # fmt: skip
+        if not trains(c.train) and not distilling:
+            learned = []  # an encoder that stays as it is is encoded with before anything is mined
         refreshing = {"refresh": {k: v for k, v in plain["refresh"].items() if k not in ("start", "devices", "replay")}}
         refreshing = refreshing if c.refresh.mode != "off" else {}
         given = embeddings.files(pathlib.Path(c.encode.passages), sorted(self.files)) if c.encode.passages else ()
@@ -119,7 +121,7 @@ class Recipe(MiningStages, TeachingStages):
                   (refresh.taken_path(c.refresh.replay),) if c.refresh.mode == "replay" else (),
                   volatile=VOLATILE, precious=True, shared=True),
             Stage("embeddings", self.embed_last, plain["encode"],
-                  ("tokens", "train", *(["embeddings-warmup"] if searching else [])), shared=True),
+                  ("tokens", "train", *(["embeddings-warmup"] if self._keeps_passages else [])), shared=True),
             Stage("evaluate", self.evaluate, {"name": c.name, "splits": self.splits, **plain["evaluate"], **split},
                   ("corpus", "bm25", *(["bm25-pool"] if pooled else []), "embeddings-warmup",
                    *([] if self.evaluates_alone else ["embeddings"])), shared=True),
@@ -279,14 +281,16 @@ class Recipe(MiningStages, TeachingStages):
             embeddings.take(pathlib.Path(source), self.directory, *langs, made_by, out_dir)
         return self._embed_own(model, made_by, out_dir, passages=not source)
 
+    @property
+    def _keeps_passages(self) -> bool:
+        """Whether the passages' tower ends as it starts, but for a cut of its vectors."""
+        return self.config.train.objective.name in objectives.SEARCHING or not trains(self.config.train)
+
     def embed_last(self, out_dir: pathlib.Path) -> dict[str, Any]:
         """Embeddings by the trained encoder; passages whose tower did not train keep the vectors they have."""
         model, before = self._final_model(), self.directory / "embeddings-warmup"
-        c = self.config
         made_by = self._origin(model)
-        unchanged = c.train.objective.name in objectives.SEARCHING and (
-            made_by == workdir.counts_of(self.directory, before.name)["passages"]
-        )
+        unchanged = self._keeps_passages and made_by == workdir.counts_of(self.directory, before.name)["passages"]
         for lang in self.library.langs if unchanged and processes.leads() else ():
             embeddings.link(before / lang, out_dir / lang)
         return self._embed_own(model, made_by, out_dir, passages=not unchanged)
@@ -327,6 +331,9 @@ class Recipe(MiningStages, TeachingStages):
         if distill.distils(c):
             found, langs = self._distilling_sources()
             return self._run_training(out_dir, c.train, encoder_config, params, found, langs, [""], base)
+        if not trains(c.train):
+            found = [sources.Source(sources.pairs(self.training, self.stores), 1.0, 1)]
+            return self._run_training(out_dir, c.train, encoder_config, params, found, self.library.langs, [""], base)
         labels = topics.read_topics(self.directory / "topics", self.library)
         version = None
         if c.train.objective.name not in objectives.SEARCHING:

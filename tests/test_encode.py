@@ -1,8 +1,9 @@
 import jax
 import numpy as np
 import pytest
+from conftest import tiny_config
 
-from jdmdr import encode, encoders, parallel
+from jdmdr import encode, encoders, parallel, pipeline
 from jdmdr.encoders import attention
 from jdmdr.types import Tokens
 
@@ -168,3 +169,21 @@ def test_eight_devices_embed_as_one_does(encoder, params, embedder, on_devices, 
     assert on_devices(8, program, tmp_path / "eight.npy").split() == ["8"]
     one = embedder.embed(params, Source(LENGTHS), np.arange(200))
     np.testing.assert_allclose(np.load(tmp_path / "eight.npy"), one, atol=1e-6)
+
+
+def test_a_checkpoint_is_encoded_with_and_nothing_is_mined_where_nothing_trains(finished, tmp_path):
+    """ANCE's inference alone, of the encoder that a run exported: its vectors again."""
+    config = tiny_config(finished.config.data.root)
+    config.encoder.name = str(finished.directory / "export")
+    config.tokenizer.vocab_size, config.warmup.steps, config.train.steps = finished.config.tokenizer.vocab_size, 0, 0
+    recipe = pipeline.run(config, tmp_path, "embeddings")
+    stages = {"corpus", "tokenizer", "tokens", "warmup", "embeddings-warmup", "train", "embeddings"}
+    assert {path.name for path in tmp_path.iterdir() if path.is_dir()} - {"status"} == stages
+    assert "negatives" in {stage.name for stage in recipe.stages()}, "what mines is there for who asks"
+    for lang in recipe.library.langs:
+        for name in ("passages", "queries.dev"):
+            ours, theirs = (
+                np.concatenate(encode.shards(home / "embeddings" / lang, name))
+                for home in (tmp_path, finished.directory)
+            )
+            np.testing.assert_allclose(ours, theirs, atol=2e-3)
