@@ -27,8 +27,9 @@ the original ran on one GPU. Expected, dev MRR@10: .311 after 60k steps by the a
 after 300k (issue 22 of microsoft/ANCE), so .295 to .315 is no sign of a mistake. Then --config.encoder.name=WORKDIR/export.
 
 dpr is two BERT towers from DPR's checkpoint, on Wikipedia's passages and questions with answer strings (docs/data.md tells how
-DPR's files become a data root with answers/en.train.jsonl; docs/models.md what --config.encoder.name may be):
-    --config configs/ance.py:dpr --config.data.root=NQ --config.encoder.name=DPR --config.refresh.devices=8,9,10,11,12,13,14,15
+DPR's files become a data root with answers/en.train.jsonl). The checkpoint is the hub's, trained on several data sets; of the authors'
+own file, as docs/models.md has it: --config.encoder.name=DIR --config.encoder.passage_name=
+    --config configs/ance.py:dpr --config.data.root=NQ --config.refresh.devices=8,9,10,11,12,13,14,15
     python -m jdmdr.answers WORKDIR/evaluate/test.ance.en.trec --match=tokens --corpus=WORKDIR/corpus/en --answers=NQ/answers/en.test.jsonl
 Hardware: not measured here; the original trained on 8 GPUs and mined on 8 others. Expected, top-20 / top-100 on the test
 questions: .819 / .875 (Natural Questions) and .803 / .853 (TriviaQA), DPR itself .784 / .854 and .794 / .850 (the paper).
@@ -98,7 +99,9 @@ def warmup(c):
 def dpr(c):
     """The settings of the authors' code for DPR's questions: in the batch every question sees all positives and negatives."""
     c.data.separator, c.data.splits, c.data.valid_share = "[SEP]", "dev,test=test:none:own", 0.02
-    c.encoder.name, c.encoder.pooling, c.encoder.normalize = "bert-base-uncased", "cls", False
+    c.encoder.name = "facebook/dpr-question_encoder-multiset-base"
+    c.encoder.passage_name = "facebook/dpr-ctx_encoder-multiset-base"
+    c.encoder.pooling, c.encoder.normalize = "cls", False
     c.encoder.towers, c.encoder.query_length, c.encoder.passage_length = "untied", 256, 256
     c.mine.depth, c.mine.negatives, c.mine.sample, c.mine.least = 100, 100, "best", 2
     c.filters.answers = c.data.get_ref("root") + "/answers/{lang}.train.jsonl"

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import tokenizers
+from test_torch_file import save_as_torch
 
 from jdmdr import encoders
 from jdmdr.encoders import huggingface
@@ -329,3 +330,66 @@ def test_a_layer_norm_module_stands_behind_dense_alone(headed):
     (checkpoint / "modules.json").write_text(json.dumps([*listed[:2], norm]))
     with pytest.raises(UserError, match="LayerNorm without Dense"):
         encoders.load_pretrained(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------- dual encoders of DPR
+
+
+def towers_of_bert(seed):
+    """The tensors of the golden BERT and of another one of its shape, under no prefix."""
+    query = safetensors.numpy.load_file(GOLDENS / "bert" / "model.safetensors")
+    rng = np.random.default_rng(seed)
+    return query, {
+        name: (tensor + rng.normal(size=tensor.shape) / 20).astype(np.float32) for name, tensor in query.items()
+    }
+
+
+def first_tokens(directory, tensors):
+    """The first token's vectors of a plain BERT with these tensors."""
+    directory.mkdir()
+    shutil.copy(GOLDENS / "bert" / "config.json", directory)
+    safetensors.numpy.save_file(tensors, directory / "model.safetensors")
+    config, params = encoders.load_pretrained(directory)
+    golden = np.load(GOLDENS / "bert.npz")
+    tokens = Tokens(golden["ids"], golden["mask"])
+    return np.asarray(encoders.build(config).apply(params, tokens, "tokens"))[:, 0], tokens
+
+
+def test_dprs_encoders_are_loaded_from_the_hubs_two_directories(tmp_path):
+    for name, tensors in zip(("question_encoder", "ctx_encoder"), towers_of_bert(1), strict=True):
+        expected, tokens = first_tokens(tmp_path / f"plain-{name}", tensors)
+        home = tmp_path / name
+        home.mkdir()
+        own = {f"{name}.bert_model.{of}": tensor for of, tensor in tensors.items()}
+        safetensors.numpy.save_file(own, home / "model.safetensors")
+        values = json.loads((GOLDENS / "bert" / "config.json").read_text()) | {"model_type": "dpr", "projection_dim": 0}
+        (home / "config.json").write_text(json.dumps(values))
+        config, params = encoders.load_pretrained(home)
+        assert (config.family, config.pooling, config.normalize, config.untied) == ("bert", "cls", False, False)
+        np.testing.assert_allclose(encoders.build(config).apply(params, tokens), expected, atol=1e-6)
+    (home / "config.json").write_text(json.dumps(values | {"projection_dim": 8}))
+    with pytest.raises(UserError, match="projection_dim is 8; only 0"):
+        encoders.load_pretrained(home)
+
+
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_dprs_own_file_of_both_encoders_is_loaded_untied(tmp_path, monkeypatch, wrapped):
+    both = dict(zip(("query", "passage"), towers_of_bert(2), strict=True))
+    home = tmp_path / "both"
+    home.mkdir()
+    shutil.copy(GOLDENS / "bert" / "config.json", home)
+    prefixes = {"query": "question_model", "passage": "ctx_model"}
+    state = {f"{prefixes[side]}.{name}": tensor for side, tensors in both.items() for name, tensor in tensors.items()}
+    more = {"optimizer_dict": {"state": {0: {"exp_avg": np.ones(3, np.float32)}}, "param_groups": [{"lr": 1e-5}]},
+            "scheduler_dict": {"last_epoch": 3}, "offset": 0, "epoch": 9, "encoder_params": {"do_lower_case": True, "x": None}}  # fmt: skip
+    save_as_torch(home / "pytorch_model.bin", {"model_dict": state, **more} if wrapped else state, monkeypatch)
+    config, params = encoders.load_pretrained(home)
+    assert (config.pooling, config.untied) == ("cls", True)
+    model = encoders.build(config)
+    for side, tensors in both.items():
+        expected, tokens = first_tokens(tmp_path / side, tensors)
+        np.testing.assert_allclose(model.apply(model.tower(params, side), tokens), expected, atol=1e-6)
+    left = {name: tensor for name, tensor in state.items() if name != "ctx_model.embeddings.LayerNorm.bias"}
+    save_as_torch(home / "pytorch_model.bin", left, monkeypatch)
+    with pytest.raises(UserError, match="lacks embeddings.LayerNorm.bias"):
+        encoders.load_pretrained(home)

@@ -1,11 +1,15 @@
+import collections
 import http.server
+import io
 import json
 import os
 import pathlib
 import pickle
 import shutil
 import struct
+import sys
 import threading
+import types
 import urllib.parse
 import zipfile
 import zlib
@@ -47,6 +51,41 @@ class Calls:
 
     def __reduce__(self):
         return self.call
+
+
+def save_as_torch(path, state, monkeypatch):
+    """Writes float32 arrays in nested dicts and lists as torch.save does, without torch."""
+    storages, modules = [], {name: types.ModuleType(name) for name in ("torch", "torch._utils")}
+    modules["torch"].FloatStorage = type("FloatStorage", (), {"__module__": "torch"})
+    exec("def _rebuild_tensor_v2(*parts): ...", modules["torch._utils"].__dict__)
+    modules["torch._utils"]._rebuild_tensor_v2.__module__ = "torch._utils"
+
+    class Stored:
+        def __init__(self, key, array):
+            self.key, self.array = key, array
+
+    class Pickler(pickle.Pickler):
+        def persistent_id(self, of):
+            if isinstance(of, Stored):
+                return "storage", modules["torch"].FloatStorage, of.key, "cpu", of.array.size
+            return None
+
+        def reducer_override(self, of):
+            if not isinstance(of, np.ndarray):
+                return NotImplemented
+            storages.append(np.ascontiguousarray(of))
+            strides = tuple(stride // 4 for stride in storages[-1].strides)
+            parts = Stored(str(len(storages) - 1), of), 0, of.shape, strides, False, collections.OrderedDict()
+            return modules["torch._utils"]._rebuild_tensor_v2, parts
+
+    with monkeypatch.context() as patch, zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, module in modules.items():
+            patch.setitem(sys.modules, name, module)
+        buffer = io.BytesIO()
+        Pickler(buffer, 2).dump(state)
+        archive.writestr("saved/data.pkl", buffer.getvalue())
+        for key, array in enumerate(storages):
+            archive.writestr(f"saved/data/{key}", array.tobytes())
 
 
 @pytest.fixture

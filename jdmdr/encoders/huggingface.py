@@ -53,7 +53,7 @@ CONFIG_DEFAULTS = {
     "attention_probs_dropout_prob": 0.1,
     "hidden_act": "gelu",
 }
-ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False}
+ONLY = {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False, "projection_dim": 0}
 PAD_DEFAULTS = {"bert": 0, "roberta": 1, "xlm-roberta": 1, "longformer": 1}
 
 # Our module name on the left, the checkpoint's on the right.
@@ -94,7 +94,8 @@ BERT_LM = {
     "decoder": "cls.predictions.decoder.weight",
 }
 
-PREFIX = re.compile(r"^(bert|roberta|longformer)\.")
+DPR = "dpr"  # model_type of one of DPR's two BERT encoders, whose vector is the first token's
+PREFIX = re.compile(r"^(?:(?:question_encoder|ctx_encoder)\.bert_model|(bert|roberta|longformer))\.")
 # Parts of a checkpoint that an encoder does not have: poolers, heads of pretraining and classification, stored ids.
 NOT_OURS = re.compile(r"^(pooler\.|cls\.|lm_head\.|classifier\.|embeddings\.(position_ids|token_type_ids)$)")
 # The head of RoBERTa dual encoders as ANCE, STAR and ADORE publish them (`rdot_nll`): linear layer, then LayerNorm.
@@ -104,6 +105,8 @@ DUAL_HEAD = {
     "norm/scale": "norm.weight",
     "norm/bias": "norm.bias",
 }
+# The prefixes of DPR's two encoders in the one file that its own code writes.
+TOWERS = {"query": "question_model.", "passage": "ctx_model."}
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -172,6 +175,7 @@ def read_config(path: pathlib.Path, pooling: str, normalize: bool) -> EncoderCon
     """
     found = read_json_file(path)
     family = found.get("model_type") or _family(path.parent)
+    family = "bert" if family == DPR else family
     if family not in ARCHITECTURES:
         raise UserError(f"{path}: model_type is {family!r}; only {', '.join(ARCHITECTURES)} can be loaded")
     values = {**CONFIG_DEFAULTS, "pad_token_id": PAD_DEFAULTS[family], **found}
@@ -256,12 +260,15 @@ WEIGHT_FILES = {"model.safetensors": _read_safetensors, "pytorch_model.bin": tor
 
 def read_params(directory: pathlib.Path, config: EncoderConfig) -> tuple[Params, Params]:
     """The encoder's parameters, float32, from a checkpoint directory, strictly one tensor for every parameter; and those of
-    its `DUAL_HEAD`, none where it has no head.
+    its `DUAL_HEAD`, none where it has no head. Of a file of `TOWERS` the parameters of each side.
 
     Raises:
       UserError: missing or unexpected tensors, or a wrong shape, by name.
     """
     tensors = _own_tensors(directory)
+    if any(name.startswith(TOWERS["query"]) for name in tensors):
+        leaves = {side: _encoder_leaves(directory, config, _below(tensors, prefix)) for side, prefix in TOWERS.items()}
+        return {side: nest(of) for side, of in leaves.items()}, {}
     wanted = set(DUAL_HEAD.values())
     found = wanted & tensors.keys()
     if found and (missing := wanted - found):
@@ -322,6 +329,12 @@ def _own_tensors(directory: pathlib.Path, keep: Sequence[str] = ()) -> dict[str,
         if name in keep or not NOT_OURS.match(name):
             tensors[name] = tensor
     return tensors
+
+
+def _below(tensors: Mapping[str, np.ndarray], prefix: str) -> dict[str, np.ndarray]:
+    """The tensors of one tower, by their names in it."""
+    found = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+    return {name: tensor for name, tensor in found.items() if not NOT_OURS.match(name)}
 
 
 def _encoder_leaves(

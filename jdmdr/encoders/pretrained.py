@@ -37,12 +37,12 @@ def load_pretrained(
     name_or_dir: str | pathlib.Path, *, pooling: str | None = None, normalize: bool | None = None
 ) -> tuple[EncoderConfig, Params]:
     """Loads a BERT, RoBERTa or XLM-R checkpoint, or a sentence-transformers static embedding; with its linear head and the
-    LayerNorm behind it, and untied where a Router module gives each side a route of its own.
+    LayerNorm behind it, and untied where a Router module gives each side a route of its own, or a file holds DPR's two encoders.
 
     Args:
       name_or_dir: a local directory, or a name on the Hugging Face hub.
       pooling, normalize: None takes what the directory's sentence-transformers modules say; else no normalisation, and
-        the mean, or cls with the head of ANCE, STAR and ADORE (`huggingface.DUAL_HEAD`).
+        the mean, or cls for DPR's encoders and with the head of ANCE, STAR and ADORE (`huggingface.DUAL_HEAD`).
 
     Returns:
       The configuration and the parameters, float32.
@@ -74,6 +74,9 @@ def _load_tower(
         weights = modules.get("Transformer", directory)
         config = huggingface.read_config(weights / "config.json", pooling or "mean", normalize)
         params, head = huggingface.read_params(weights, config)
+        two_towers = params.keys() == huggingface.TOWERS.keys()
+        if two_towers or (config.original or {}).get("model_type") == huggingface.DPR:
+            config = dataclasses.replace(config, pooling=pooling or "cls", towers="untied" if two_towers else "tied")
         if head and modules:
             raise UserError(
                 f"{directory} has modules and {huggingface.DUAL_HEAD['kernel']} too; fetch the checkpoint again"

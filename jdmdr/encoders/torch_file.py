@@ -34,6 +34,7 @@ STORAGES = {
     "ShortStorage": np.dtype("<i2"),
 }
 BIG_ENDIAN = "was saved on a big-endian machine; save it again on a little-endian one"
+WRAPPED = "model_dict"  # where DPR's code keeps the state dict, beside those of its optimiser and schedule
 LEGACY_START = pickle.dumps(0x1950A86A20F9469CFC6C, protocol=2)  # the magic number of the format before torch 1.6
 
 
@@ -63,7 +64,7 @@ class View(NamedTuple):
 
 
 def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
-    """The tensors of a state dict that torch.save wrote, by name.
+    """The tensors of a state dict that torch.save wrote, by name; of a training checkpoint of DPR those of its `model_dict`.
 
     Returns:
       Read-only arrays over the memory-mapped file: a tensor takes no memory before it is used, and views of one storage
@@ -78,6 +79,8 @@ def read_state_dict(path: str | pathlib.Path) -> dict[str, np.ndarray]:
         with open(path, "rb") as file:
             legacy = file.read(len(LEGACY_START)) == LEGACY_START
         state, raw = (_read_legacy if legacy else _read_archive)(path)
+        if isinstance(state, dict) and isinstance(state.get(WRAPPED), dict):
+            state = state[WRAPPED]
         if isinstance(state, dict):
             state = {name: view.array(raw) if isinstance(view, View) else view for name, view in state.items()}
     except UserError:
