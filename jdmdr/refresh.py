@@ -96,6 +96,7 @@ class Refresh:
         processes.barrier()
         self._taken = read_taken(self._versions / TAKEN) if section.mode == "replay" else {}
         self._taken |= read_taken(directory / TAKEN)
+        processes.barrier()  # the first process writes to that file with its first look
 
     def negatives(self) -> Ragged:
         """Those of the steps up to the next look."""

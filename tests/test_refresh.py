@@ -175,12 +175,15 @@ def test_two_processes_take_the_same_version_at_the_same_step(tmp_path):
     found = together(
         2,
         """
-        import json, pathlib, sys
+        import json, pathlib, sys, time
         from jdmdr import processes
         processes.start()
         from jdmdr import parallel, refresh, versions
         from test_refresh import opened, publish, steps_of
         home = pathlib.Path(sys.argv[1])
+        if not processes.leads():  # which must not see what the other one has taken meanwhile
+            read_taken = refresh.read_taken
+            refresh.read_taken = lambda path: time.sleep(1) or read_taken(path)
         run = opened(home, parallel.data_mesh(), max_age=1000)
         def happening(step):
             if step == 11 and processes.leads():
