@@ -7,7 +7,7 @@ and then configs/kdr_stage2.py. The teacher is all-MiniLM-L6-v2 (90 MB; `make qu
 transformer's rates, for --config.encoder.name=intfloat/multilingual-e5-small and the like), or smoke.
 
 Hardware: 2 CPU cores, 4 GB of memory. Time: 3 minutes on tinypedia, most of it the teacher's and the evaluation's.
-Expected nDCG@10, L-En, tinypedia test, seed 0: 0.11, before 0.06 (docs/results.md); the authors' own figures are pictures that are not public. `:checkpoint` has not been run here.
+Expected nDCG@10, L-En, tinypedia test, three seeds: 0.11, before 0.06 (docs/results.md); the authors' own figures are pictures that are not public. `:checkpoint` has not been run here.
 """
 
 from configs import default, quickstart_minilm

@@ -8,7 +8,7 @@ DIR holds pairs LANG-en.train.tsv (docs/kdr.md), which are added to tinypedia's 
 (the loss and the rates of the method's released script), or smoke.
 
 Hardware: 2 CPU cores, 4 GB of memory. Time: 3 minutes on tinypedia, most of it the teacher's and the evaluation's.
-Expected nDCG@10 with Tatoeba's and XQuAD-R's pairs, L-En, tinypedia test, seed 0: 0.19 behind stage 1, 0.21 alone, 0.06 untrained
+Expected nDCG@10 with Tatoeba's and XQuAD-R's pairs, L-En, tinypedia test, three seeds: 0.19 behind stage 1, 0.21 alone, 0.06 untrained
 (docs/results.md); the authors' own figures are pictures that are not public. `:checkpoint` and `:repro` have not been run.
 """
 
