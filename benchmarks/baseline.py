@@ -163,7 +163,7 @@ def main(a: Any) -> None:
 
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__, "runs/baseline")
+    arguments = command.parser_with_data(__doc__, "runs/baseline")
     arguments.set_defaults(layers=3)
     arguments.add_argument("--length", type=int, default=64, help="tokens of a text at most (%(default)s)")
     arguments.add_argument("--steps", type=int, default=120, help="training steps (%(default)s)")

@@ -19,14 +19,21 @@ from jdmdr.types import UserError
 
 
 def parser(doc: str, out: str) -> argparse.ArgumentParser:
+    """Arguments of a command that makes its own inputs."""
     found = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    found.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out), help="working directory (%(default)s)")
+    found.add_argument("--torch-python", type=pathlib.Path, default=TORCH_PYTHON, help="a Python that has torch")
+    found.add_argument("--docs", type=pathlib.Path, help="a Markdown file whose section of these figures is replaced")
+    return found
+
+
+def parser_with_data(doc: str, out: str) -> argparse.ArgumentParser:
+    """Arguments of a command that trains a checkpoint on a data root too."""
+    found = parser(doc, out)
     found.add_argument(
         "--data", default=default.TINYPEDIA, help="data root (docs/data.md); default: the one that ships"
     )
     found.add_argument("--langs", default="", help="comma-separated; default: all that are found")
-    found.add_argument("--out", type=pathlib.Path, default=pathlib.Path(out), help="working directory (%(default)s)")
-    found.add_argument("--torch-python", type=pathlib.Path, default=TORCH_PYTHON, help="a Python that has torch")
-    found.add_argument("--docs", type=pathlib.Path, help="a Markdown file whose section of these figures is replaced")
     found.add_argument("--layers", type=int, default=6, help="of the checkpoint that are kept (%(default)s)")
     found.add_argument("--batch-size", type=int, default=16, help="queries a step (%(default)s)")
     return found

@@ -273,7 +273,7 @@ def _table(rows: list[list[str]], headers: list[str]) -> str:
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__, "runs/distill")
+    parser = command.parser_with_data(__doc__, "runs/distill")
     parser.add_argument("--bitext", required=True, help="directory of LANG-en.SPLIT.tsv")
     parser.add_argument("--xquad", required=True, help="data root of XQuAD-R")
     parser.add_argument("--seeds", type=int, nargs="+", default=(0, 1, 2), help="(%(default)s)")

@@ -170,7 +170,7 @@ def measure(arguments: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = command.parser(__doc__, "runs/judging")
+    parser = command.parser_with_data(__doc__, "runs/judging")
     parser.add_argument("--seeds", type=int, default=3, help="how many, from 0 (%(default)s)")
     parser.add_argument("--negatives", type=int, default=7, help="mine.negatives: kept a query (%(default)s)")
     parser.add_argument("--epochs", type=float, default=2.0, help="of the main training (%(default)s)")

@@ -216,7 +216,7 @@ def main(a: Any) -> None:
 
 
 if __name__ == "__main__":
-    arguments = command.parser(__doc__, "runs/bench-search")
+    arguments = command.parser_with_data(__doc__, "runs/bench-search")
     arguments.add_argument("--rounds", type=int, default=5, help="that are counted (%(default)s)")
     arguments.add_argument("--steps", type=int, default=5, help="a round (%(default)s)")
     arguments.add_argument("--tpu", action="store_true", help="the table of memory instead")

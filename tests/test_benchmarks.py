@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import command, judging, material, speed
+from benchmarks import command, growth, judging, material, speed
 from jdmdr import corpus, datasets, encoders, library, reading, sources
 from jdmdr.llm import prompts
 from jdmdr.types import UserError
@@ -169,3 +169,15 @@ def test_the_gpu_benchmark_runs_on_a_cpu_and_ends_in_a_table(tmp_path):
         peer = json.loads((tmp_path / "theirs.json").read_text())
         assert peer["encode tuned"]["lowest_cosine"] > 0.9999
         assert "sentence-transformers, tuned" in done.stdout
+
+
+def test_an_exponent_says_how_a_measure_grows():
+    assert growth.exponent([10, 100, 1000], [2, 20 * 10**0.5, 2000]) == pytest.approx(1.5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not PYTHON, reason="JDMDR_TORCH_PYTHON names no Python with torch")
+def test_the_searches_whose_growth_is_measured_find_the_same(tmp_path):
+    found = growth.search(700, 1, PYTHON, tmp_path, growth.own_bytes())
+    assert found["equal"] == {growth.FAISS: 1.0, growth.TORCH: 1.0}
+    assert [len(of) for of in found["seconds"].values()] == [1, 1, 1]
