@@ -63,11 +63,11 @@ class PairTokenizer:
                             "--length, or in a recipe cross_encoder.length")  # fmt: skip
         self.longest_query = max(1, int(QUERY_SHARE * self.room))
 
-    def ids(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Token ids of each text, int32, without special tokens and at most `room` of them."""
-        cut = [text[: self._characters] for text in texts]
+    def ids(self, texts: Sequence[str], whole: bool = False) -> list[np.ndarray]:
+        """Token ids of each text, int32, without special tokens and at most `room` of them, or all."""
+        cut = texts if whole else [text[: self._characters] for text in texts]
         encoded = self._backend.encode_batch_fast(cut, add_special_tokens=False)
-        return [np.asarray(e.ids[: self.room], np.int32) for e in encoded]
+        return [np.asarray(e.ids if whole else e.ids[: self.room], np.int32) for e in encoded]
 
 
 def _template(backend: Any, name: str) -> Template:
@@ -123,15 +123,27 @@ class Pairs:
         return t.prefix, query, t.middle, passage, t.suffix
 
 
+def window_starts(tokens: int, room: int, overlap: int) -> list[int]:
+    """First tokens of windows of `room` tokens that overlap by `overlap`, or by half a window where that is less, and leave none
+    of `tokens` out. The last one ends with the text."""
+    if tokens <= room:
+        return [0]
+    step = room - min(overlap, room // 2)
+    return [*range(0, tokens - room, step), tokens - room]
+
+
 class Scorer:
     """A cross-encoder with its tokenizer, on the devices of a mesh.
 
     Args:
       section: name (Hugging Face name or directory), label and length of a recipe's `cross_encoder` keys.
       dtype: of the matmuls; empty: what the devices are fast at.
+      overlap: a passage beyond the length is read in windows that overlap by so many tokens, and its best one counts; None: it
+        is cut.
     """
 
-    def __init__(self, section: Any, dtype: str, mesh: jax.sharding.Mesh):
+    def __init__(self, section: Any, dtype: str, mesh: jax.sharding.Mesh, overlap: int | None = None):
+        self._overlap = overlap
         directory = str(find_checkpoint(section.name))
         self.encoder, params = encoders.load_cross_encoder(directory, section.label, models.matmul_dtype(dtype))
         config = self.encoder.config
@@ -162,9 +174,26 @@ class Scorer:
         self, queries: Sequence[np.ndarray], query_N: np.ndarray, passages: Sequence[str], passage_N: np.ndarray
     ) -> np.ndarray:
         """The log-odds that passage `passage_N[i]` is relevant to query `query_N[i]`, float32 N."""
-        pairs = Pairs(self.tokenizer.template, queries, query_N, self.tokenizer.ids(passages), passage_N, self.length,
-                      self._segments)  # fmt: skip
-        return self._blocks.apply(self._params, pairs, np.arange(len(query_N)))
+        ids = self.tokenizer.ids(passages, whole=self._overlap is not None)
+        first_N = np.arange(len(query_N))
+        if self._overlap is not None:
+            ids, passage_N, counts_N = self._windows(queries, query_N, ids, passage_N)
+            query_N, first_N = np.repeat(query_N, counts_N), np.cumsum(counts_N) - counts_N
+        pairs = Pairs(self.tokenizer.template, queries, query_N, ids, passage_N, self.length, self._segments)
+        scores = self._blocks.apply(self._params, pairs, np.arange(len(query_N)))
+        return np.maximum.reduceat(scores, first_N) if len(scores) else scores
+
+    def _windows(
+        self, queries: Sequence[np.ndarray], query_N: np.ndarray, ids: Sequence[np.ndarray], passage_N: np.ndarray
+    ) -> tuple[list[np.ndarray], np.ndarray, np.ndarray]:
+        """The windows of every pair one after another, the place of each, and how many a pair has."""
+        parts, counts = [], []
+        for query, passage in zip(query_N, passage_N, strict=True):
+            room = self.tokenizer.room - len(queries[query])
+            starts = window_starts(len(ids[passage]), room, self._overlap)
+            parts += [ids[passage][start : start + room] for start in starts]
+            counts.append(len(starts))
+        return parts, np.arange(len(parts)), np.array(counts)
 
 
 class DualScorer:

@@ -11,6 +11,8 @@
     --out DIR        where LANG.trec are written; the same command goes on there after it was stopped
     --depth N        hits of each query that are scored, and that its new list has; 100 by default
     --length N       tokens of query, passage and special tokens together, with --encoder of a passage; 512 by default
+    --overlap N      a passage beyond --length is read in windows that overlap by N tokens, and its best window counts; by default it
+                     is cut
     --query_length N with --encoder: tokens of a query; 64 by default
     --label NAME     of a cross-encoder with several labels, the one that means relevant
     --topics NAME    the set of queries that the run answers; by default all sets are looked through
@@ -222,6 +224,7 @@ def main() -> None:
     flags.DEFINE_string("out", "", "Directory to write to.")
     flags.DEFINE_integer("depth", 100, "Hits of a query.", lower_bound=1)
     flags.DEFINE_integer("length", 512, "Tokens of a pair.", lower_bound=1)
+    flags.DEFINE_integer("overlap", None, "Tokens that two windows of a passage share.", lower_bound=0)
     flags.DEFINE_string("label", "", "The label that means relevant.")
     flags.DEFINE_string("topics", "", "The set of queries.")
     flags.DEFINE_string("corpus", OWN, "What the run searched.")
@@ -238,13 +241,17 @@ def _command(words: list[str], values: flags.FlagValues) -> int:
                         "--model=NAME --data=DIR --out=DIR")  # fmt: skip
     if values.encoder and values.label:
         raise UserError("--label is for a cross-encoder, and --encoder names a bi-encoder; leave it out")
+    if values.encoder and values.overlap is not None:
+        raise UserError(
+            "--overlap is for a cross-encoder; a bi-encoder reads in windows by encoder.chunks (docs/ance.md)"
+        )
     out = pathlib.Path(values.out)
     sources = open_data(pathlib.Path(values.data), corpus.parse_fields(values.fields))
     runs = runs_of(words[0], values.lang, sources)
     searched = {lang: _searched(lang, values.corpus, sources) for lang in runs}
 
     checkpoints, open_scorer = _scorer(values)
-    settings = ("depth", "length", "label", "topics", "corpus", "fields", "dtype", "query_length")
+    settings = ("depth", "length", "label", "topics", "corpus", "fields", "dtype", "overlap", "query_length")
     settings = {name: values[name].value for name in settings if values.encoder or name != "query_length"}
     inputs = {
         "model": {
@@ -281,7 +288,7 @@ def _scorer(values: flags.FlagValues) -> tuple[list[pathlib.Path], Callable[[], 
     if values.model:
         home = find_checkpoint(values.model)
         section = types.SimpleNamespace(name=str(home), label=values.label, length=values.length)
-        return [home], lambda: pairs.Scorer(section, values.dtype, parallel.data_mesh())
+        return [home], lambda: pairs.Scorer(section, values.dtype, parallel.data_mesh(), values.overlap)
     spec = retrievers.parse(values.encoder, "--encoder")[0]
     if spec.kind != retrievers.ENCODER:
         raise UserError(f"--encoder is {values.encoder!r}; it is a preset, PRESET=DIR, a directory or HUB/NAME")

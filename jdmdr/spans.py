@@ -67,7 +67,7 @@ class Texts:
             question = asked[i][:longest]
             room = config.length - self._template.size - len(question)
             span = _token_span(offsets, *q.answers[0]) if q.answers else None
-            for first in window_starts(len(ids), room, config.overlap):
+            for first in pairs.window_starts(len(ids), room, config.overlap):
                 part = ids[first : first + room]
                 self.windows.append(
                     Window(i, question, first, part, self._place(span, first, len(part), len(question)))
@@ -96,15 +96,6 @@ class Texts:
             begin = self.begin(window)
             choices[i, begin : begin + len(window.context)] = True
         return source.gather(every, self._length), choices
-
-
-def window_starts(tokens: int, room: int, overlap: int) -> list[int]:
-    """First tokens of windows of `room` tokens that overlap by `overlap`, or by half a window where that is less, and leave none
-    of `tokens` out. The last one ends with the text."""
-    if tokens <= room:
-        return [0]
-    step = room - min(overlap, room // 2)
-    return [*range(0, tokens - room, step), tokens - room]
 
 
 def _token_span(offsets: Sequence[tuple[int, int]], answer: str, start: int) -> tuple[int, int] | None:

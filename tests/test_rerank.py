@@ -247,3 +247,23 @@ def test_candidates_stand_in_the_order_of_a_bi_encoders_inner_products(root, mod
         assert list(hits) == sorted(hits, key=hits.get, reverse=True)
     wrong = command("jdmdr.rerank", "x", f"--encoder={model}", f"--model={model}", "--data=d", "--out=o")
     assert wrong.returncode == 2 and "--model or --encoder" in wrong.stderr
+
+
+def test_a_passage_beyond_the_length_counts_by_its_best_window(model, scorer):
+    section = SimpleNamespace(name=str(model), label="", length=LENGTH)
+    in_windows = pairs.Scorer(section, "float32", parallel.data_mesh(), overlap=3)
+    random = np.random.default_rng(1)
+    texts = [words(random, count, count + 1) for count in (5, 30, 60)]
+    query, room = "w1 w2", scorer.tokenizer.room - 2
+    expected = []
+    for text in texts:
+        tokens = text.split()
+        assert len(scorer.tokenizer.ids([text], whole=True)[0]) == len(tokens)
+        windows = [" ".join(tokens[first : first + room]) for first in range(0, max(len(tokens) - room, 0), room - 3)]
+        windows.append(" ".join(tokens[-room:]))
+        asked = np.zeros(len(windows), int)
+        expected.append(scorer.score(scorer.queries([query]), asked, windows, np.arange(len(windows))).max())
+    found = in_windows.score(in_windows.queries([query]), np.zeros(3, int), texts, np.arange(3))
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
+    cut = scorer.score(scorer.queries([query]), np.zeros(3, int), texts, np.arange(3))
+    assert cut[0] == pytest.approx(found[0]) and (cut[1:] <= found[1:] + 1e-6).all() and (cut[1:] < found[1:]).any()

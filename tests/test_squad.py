@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from jdmdr import squad
 from jdmdr.objectives import spans as objective
-from jdmdr.spans import best_span, window_starts
+from jdmdr.pairs import window_starts
+from jdmdr.spans import best_span
 from jdmdr.types import UserError
 
 
