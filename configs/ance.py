@@ -6,7 +6,7 @@ trains, and starts beside itself the process that encodes, searches and mines wi
 set of devices let the trainer mine itself: --config.refresh.mode=inline. Watch both: python -m jdmdr.status runs/ance.
 
 Behind the colon: ance (default), transformer (from a checkpoint: --config.encoder.name=NAME), msmarco (the published settings of
-FirstP on passages), warmup (the BM25 warm-up before it), dpr (those of Natural
+FirstP on passages), maxp (those of documents in four chunks), warmup (the BM25 warm-up before them), dpr (those of Natural
 Questions and TriviaQA), or smoke.
 
 The default trains the quickstart's encoder from scratch, warm-up included: 2 CPU cores, 4 GB of memory, a few minutes on
@@ -17,6 +17,12 @@ msmarco is RoBERTa-base from the published BM25 warm-up on MS MARCO passages (do
 Hardware: not measured here; the original trained on 4 GPUs and mined on 4 others, 600k steps.
 Expected, passages, dev MRR@10 / R@1k .330 / .959, DL 2019 nDCG@10 .648; the warm-up has .311 (Xiong et al., ICLR 2021, and the
 authors' repository, microsoft/ANCE).
+
+maxp is the same on MS MARCO's documents, four chunks of 512 tokens, of which the best one counts:
+    --config configs/ance.py:maxp --config.data.root=MSMARCO-DOCS --config.encoder.name=DIR --config.refresh.devices=8,9,10,11
+Chunks have special tokens of their own; --config.encoder.chunk_specials=False cuts them out of one long sequence, as the published
+checkpoint was trained. Hardware: not measured here; the original trained on 8 GPUs and mined on 4 others, 139k steps.
+Expected, documents, DL 2019 nDCG@10 .628 (FirstP .615), re-ranking .671; dev MRR@100 .380 (Pyserini's run of the checkpoint).
 
 warmup is what msmarco starts from: RoBERTa-base with a new head on MS MARCO's triples, whose negatives are BM25's, 128 tokens a
 text. They are qidpidtriples.train.small.tsv in data.root, or the texts with
@@ -37,7 +43,7 @@ questions: .819 / .875 (Natural Questions) and .803 / .853 (TriviaQA), DPR itsel
 
 from configs import default, quickstart, star
 
-VARIANTS = ("ance", "transformer", "msmarco", "warmup", "dpr")
+VARIANTS = ("ance", "transformer", "msmarco", "maxp", "warmup", "dpr")
 
 
 def get_config(arg="ance"):
@@ -50,6 +56,8 @@ def get_config(arg="ance"):
             star.from_checkpoint(c, 1e-5)
         if variant == "msmarco":
             msmarco(c)
+        if variant == "maxp":
+            maxp(c)
         if variant == "warmup":
             warmup(c)
         if variant == "dpr":
@@ -81,6 +89,14 @@ def msmarco(c):
     t.steps, t.horizon, t.warmup_share = 600_000, 1_000_000, 0.005
     t.objective.temperature, t.checkpoint_every = 1.0, 10_000
     c.refresh.poll, c.refresh.chunks = 100, 5
+
+
+def maxp(c):
+    """The settings of the authors' code for MS MARCO documents in chunks."""
+    msmarco(c)
+    c.data.separator, c.encoder.chunks = "</s>", 4
+    t = c.train
+    t.learning_rate, t.batch_size, t.steps, t.warmup_share = 1e-5, 128, 139_000, 0.0005
 
 
 def warmup(c):

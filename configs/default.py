@@ -65,6 +65,10 @@ def get_config():
     c.encoder.passage_prompt = ""  # before every passage, e.g. "passage: "
     c.encoder.query_length = 64  # tokens, special tokens included
     c.encoder.passage_length = 256  # tokens, special tokens included
+    c.encoder.chunks = (
+        1  # above 1: a passage is up to so many chunks of passage_length tokens, and its best one counts (MaxP)
+    )
+    c.encoder.chunk_specials = True  # every chunk has special tokens; False: they are cut out of one long sequence
     c.encoder.window = 0  # of sliding-window attention: neighbours that a token sees; 0: what the checkpoint has
     c.encoder.dtype = ""  # float32 | bfloat16 of the matmuls; empty: bfloat16 on GPU and TPU, float32 on CPU
     c.encoder.attention_dropout = placeholder(

@@ -61,9 +61,11 @@ def panel(embeddings: pathlib.Path, pairs: Pairs, seed: int) -> Panel:
     """The map and the figures of an embedding stage."""
     vectors = {}
     for kind, rows in pairs.rows.items():
-        name = PASSAGES if kind == PASSAGES else f"queries.{pairs.topics}"
         for lang, of in zip(pairs.langs, rows, strict=True):
-            found_NxD = encode.gather_rows(encode.shards(embeddings / lang, name), of)
+            if kind == PASSAGES:
+                found_NxD = encode.passage_vectors(embeddings / lang, of)
+            else:
+                found_NxD = encode.gather_rows(encode.shards(embeddings / lang, f"queries.{pairs.topics}"), of)
             norms_Nx1 = np.linalg.norm(found_NxD, axis=1, keepdims=True)
             vectors[f"{lang} {kind}"] = found_NxD / np.where(norms_Nx1 > 0, norms_Nx1, 1)
     ends = np.cumsum([len(of) for of in vectors.values()])

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import grain
 import numpy as np
 
+from jdmdr import maxp
 from jdmdr import shapes as fixed
 from jdmdr.hashing import hash_array, mix64, stable_hash
 from jdmdr.planner import Plan, Planner
@@ -52,6 +53,7 @@ class TrainingSet(NamedTuple):
     """n training queries; passages are global rows (the languages' collections one after another).
 
     `passage_topic` is by global row; None lets a passage inherit the topic of its query. Row i of `queries` is query i.
+    `passages` may be their chunks (jdmdr/maxp.py).
     Where `passages` holds altered copies of passages, `passage_row` gives the global row of each and the other fields
     name copies: two copies of one passage are the same passage to the loss.
     """
@@ -145,13 +147,13 @@ def plan_shapes(
         for step in np.unique(np.linspace(0, planner.steps_before(1) - 1, sample).astype(int)).tolist():
             plan, rows_N = _rows(training_set, planner, step, passages_per_query, seed)
             query_lengths.append(training_set.queries.lengths(plan.index_B))
-            passage_lengths.append(training_set.passages.lengths(rows_N))
+            passage_lengths.append(training_set.passages.lengths(_sequences(training_set, rows_N)))
 
     def side(rows: int, max_length: int) -> fixed.Side:
         wanted = max(1, rows // fixed.SEQUENCES_PER_ROW) if packed else chunk_rows
         return fixed.Side(fixed.chunk_count(rows, wanted, devices), max_length, packed)
 
-    sides = side(batch_size, query_max_length), side(batch_size * passages_per_query, passage_max_length)
+    sides = side(batch_size, query_max_length), side(len(passage_lengths[0]), passage_max_length)
     profiles = fixed.plan_profiles(
         np.stack(query_lengths),
         np.stack(passage_lengths),
@@ -188,6 +190,7 @@ def make_batch(
       lang_B: int32, the language of each query.
       weight_N, query_weight_B: float32, alpha[language] + beta[language][topic] of each passage and query.
       query_index_B: int32.
+      has_text_NxC: bool, of passages in chunks, which are then N * C sequences, those of a passage behind one another.
       teacher_q_BxE, teacher_p_NxE: float32, of a training set with a teacher; the first where that reads queries.
     """
     plan, rows_N = _rows(training_set, planner, step, passages_per_query, seed)
@@ -202,11 +205,12 @@ def make_batch(
     first_N = np.zeros(len(rows_N), bool)
     first_N[np.unique(ids_N, return_index=True)[1]] = True
 
-    lengths = training_set.queries.lengths(plan.index_B), training_set.passages.lengths(rows_N)
+    sequences = _sequences(training_set, rows_N)
+    lengths = training_set.queries.lengths(plan.index_B), training_set.passages.lengths(sequences)
     profile = fixed.cheapest(shapes.profiles, *lengths, shapes.sides)
     query_side, passage_side = shapes.sides
     queries = query_side.pack(training_set.queries, plan.index_B, profile.query_widths, own)
-    passages = passage_side.pack(training_set.passages, rows_N, profile.passage_widths, own)
+    passages = passage_side.pack(training_set.passages, sequences, profile.passage_widths, own)
     tokens = sum(int(np.minimum(of, side.max_length).sum()) for of, side in zip(lengths, shapes.sides, strict=True))
     batch = {
         "queries": queries,
@@ -222,6 +226,8 @@ def make_batch(
         "query_weight_B": weights.alpha_L[lang_B] + beta_LxC[lang_B, topic_B],
         "query_index_B": plan.index_B.astype(np.int32),
     }
+    if isinstance(training_set.passages, maxp.Chunked):
+        batch[maxp.BATCH_KEY] = training_set.passages.has_text(rows_N)
     if training_set.taught:
         batch["teacher_p_NxE"] = training_set.taught.passages(rows_N)
         if training_set.taught.queries:
@@ -267,6 +273,12 @@ def _rows(
         plan.index_B, plan.visit_B, training_set.positives, training_set.negatives, passages_per_query, seed
     )
     return plan, rows_BxP.reshape(-1)
+
+
+def _sequences(training_set: TrainingSet, rows_N: np.ndarray) -> np.ndarray:
+    """The sequences of `passages` that make up these passages."""
+    chunked = isinstance(training_set.passages, maxp.Chunked)
+    return training_set.passages.of(rows_N).ravel() if chunked else rows_N
 
 
 def _identity(training_set: TrainingSet) -> Callable[[np.ndarray], np.ndarray]:

@@ -80,7 +80,7 @@ SECTION_CHOICES = {
 AT_LEAST = {
     "parallel.fsdp": 1, "parallel.heartbeat": 10, "parallel.stall": 0,
     "refresh.poll": 1, "refresh.chunks": 1, "refresh.keep": 0,
-    "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.window": 0, "encoder.query_length": 1, "encoder.passage_length": 1,
+    "seed": 0, "audit.rows": 0, "data.cloze_per_lang": 1, "encoder.width": 1, "encoder.window": 0, "encoder.query_length": 1, "encoder.passage_length": 1, "encoder.chunks": 1,
     "tokenizer.vocab_size": 1, "mine.depth": 1, "mine.negatives": 1, "expand.rounds": 0, "expand.temperature": 0, "expand.passage_chars": 1,
     "expand.summary_tokens": 1, "expand.query_tokens": 1, "expand.query_length": 1, "topics.clusters": 1, "topics.iterations": 1,
     "judge.depth": 1, "judge.max_tokens": 1, "judge.passage_chars": 1, "judge.calibrate": 0, "judge.least_precision": 0, "judge.least_recall": 0,
@@ -260,11 +260,30 @@ def _check_encoder(config: ConfigDict) -> None:
             f"encode.dimensions is {config.encode.dimensions}, but the vectors behind encoder.projection_norm cannot be cut; "
             "set it to 0"
         )
+    if config.encoder.chunks > 1:
+        _check_chunks(config)
     for section in ("warmup", "train"):
         for key in ("query_length", "passage_length"):
             length, stored = config[section][key], config.encoder[key]
             if length is not None and not 1 <= length <= stored:
                 raise UserError(f"{section}.{key} is {length}; it is from 1 to {stored}, which is encoder.{key}")
+
+
+def _check_chunks(config: ConfigDict) -> None:
+    """What does not work with passages in chunks (jdmdr/maxp.py)."""
+    train = config.train
+    refused = {
+        f"train.objective.name is {train.objective.name!r}; it is pairwise": train.objective.name != "pairwise",
+        "train.cloze_share is above 0; set it to 0": train.cloze_share > 0,
+        "train.pairs_share is above 0; set it to 0": train.pairs_share > 0,
+        "mine.fusion is 'concat'; choose another": config.mine.fusion == "concat",
+        "encode.passages names vectors; leave it empty": bool(config.encode.passages),
+        "llm.base_url names a server, whose new queries search whole passages; leave it empty": bool(
+            config.llm.base_url
+        ),
+    }
+    if reason := next((reason for reason, holds in refused.items() if holds), None):
+        raise UserError(f"encoder.chunks is {config.encoder.chunks}, and {reason}")
 
 
 def _check_objective(name: str, config: ConfigDict) -> None:

@@ -19,6 +19,7 @@ import numpy as np
 
 from jdmdr import parallel, shapes
 from jdmdr.encoders import attention
+from jdmdr.maxp import Chunked
 from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import Tokens
 from jdmdr.workdir import atomic
@@ -26,6 +27,7 @@ from jdmdr.workdir import atomic
 WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
 # Padded tokens of one call on each device: enough to keep it busy, few enough that a small corpus is not mostly padding.
 TOKENS_PER_BLOCK = {"cpu": 2048, "gpu": 32_768, "tpu": 32_768}
+FIRST_CHUNKS = "passages.first.npy"
 PACKED_MULTIPLE = 128  # tokens that the rows of packed blocks are rounded up to, so that like collections share a shape
 
 
@@ -152,10 +154,13 @@ def shards_of(first: int, stop: int, directory: pathlib.Path, name: str, shard_r
 
 
 def encode_shard(embedder: Embedder, params: Any, source: Any, shard: Shard, dtype: str) -> bool:
-    """Encodes the shard unless it is there already; returns whether it did."""
+    """Encodes the shard unless it is there already, of texts in chunks those that have text; returns whether it did."""
     if shard.path.exists():
         return False
-    vectors = embedder.embed(params, source, np.array(shard.rows, np.int64))
+    rows = np.array(shard.rows, np.int64)
+    if isinstance(source, Chunked):
+        rows = source.of(rows)[source.has_text(rows)]
+    vectors = embedder.embed(params, source, rows)
     with atomic(shard.path) as temporary, open(temporary, "wb") as handle:
         np.save(handle, vectors.astype(dtype))
     return True
@@ -164,6 +169,35 @@ def encode_shard(embedder: Embedder, params: Any, source: Any, shard: Shard, dty
 def shards(directory: pathlib.Path, name: str) -> Sequence[np.ndarray]:
     """The memory-mapped shards of `name` in row order, each [rows, D]."""
     return [np.load(path, mmap_mode="r") for path in sorted(directory.glob(f"{name}-*.npy"))]
+
+
+def write_first_chunks(source: Chunked, rows: range, directory: pathlib.Path) -> None:
+    """Leaves beside the shards of these passages where each one's chunks begin: int64, one more than there are passages."""
+    counts = source.counts(np.array(rows, np.int64))
+    with atomic(directory / FIRST_CHUNKS) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, np.concatenate([[0], np.cumsum(counts)]))
+
+
+def first_chunks(directory: pathlib.Path) -> np.ndarray | None:
+    """Row of each passage's first chunk, and how many rows there are behind the last; None where a passage is a row."""
+    path = directory / FIRST_CHUNKS
+    return np.load(path, mmap_mode="r") if path.exists() else None
+
+
+def passage_vectors(directory: pathlib.Path, rows: np.ndarray) -> np.ndarray:
+    """float32 [len(rows), D]: of a passage in chunks its first one's."""
+    first = first_chunks(directory)
+    return gather_rows(shards(directory, "passages"), rows if first is None else first[rows])
+
+
+def passage_blocks(directory: pathlib.Path) -> Iterator[np.ndarray]:
+    """The shards of passages, float32; of passages in chunks the first ones' vectors."""
+    first, begin = first_chunks(directory), 0
+    for block in shards(directory, "passages"):
+        if first is not None:
+            low, high = np.searchsorted(first[:-1], [begin, begin + len(block)])
+            begin, block = begin + len(block), block[first[low:high] - begin]
+        yield np.asarray(block, np.float32)
 
 
 def gather_rows(blocks: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:

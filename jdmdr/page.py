@@ -271,11 +271,10 @@ def _projection(recipe: Recipe, splits: Sequence[Split]) -> str:
         rows = [row for row, known in positives.items() if known and collection.rows(known[:1])[0] >= 0]
         rows = rows[:: max(1, len(rows) // per_lang)][:per_lang]
         home = recipe.directory / "embeddings" / lang
-        queries, passages = (encode.shards(home, kind) for kind in (f"queries.{split.topics}", "passages"))
         found = collection.rows([positives[row][0] for row in rows])
-        for block, chosen in ((queries, np.array(rows, int)), (passages, found)):
-            vectors.append(encode.gather_rows(block, chosen))
-            langs += [lang] * len(chosen)
+        vectors.append(encode.gather_rows(encode.shards(home, f"queries.{split.topics}"), np.array(rows, int)))
+        vectors.append(encode.passage_vectors(home, found))
+        langs += [lang] * 2 * len(rows)
         first = len(langs) - 2 * len(rows)
         pairs += [(first + i, first + len(rows) + i) for i in range(len(rows))]
     if len(langs) < alignment.FEWEST:

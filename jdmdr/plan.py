@@ -93,7 +93,9 @@ def show(config: ConfigDict, directory: pathlib.Path | None, values: flags.FlagV
     print(tabulate(facts, ["", "", "known from"], disable_numparse=True), end="\n\n")
     print(stage_table(stages, speed), end="\n\n")
     if values.compile:
-        print(memory_table(encoder, sections["train"], lengths, device, mesh), end="\n\n")
+        whole = config.encoder.chunks == 1
+        told = "Memory of a step: not compiled for passages in chunks."
+        print(memory_table(encoder, sections["train"], lengths, device, mesh) if whole else told, end="\n\n")
     if count > 1 and device.bandwidth(count):
         of_query = forward(data.query_tokens.value) + config.train.passages_per_query * forward(
             data.passage_tokens.value

@@ -72,7 +72,9 @@ class Recipe(MiningStages, TeachingStages):
         c = self.config
         check_config(c)
         plain = c.to_dict()
-        lengths = {k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length"))}
+        lengths = {
+            k: v for k, v in plain["encoder"].items() if k.endswith(("_prompt", "_length")) or k.startswith("chunk")
+        }
         split = {"valid_share": c.data.valid_share, "seed": c.seed}
         stored = {k: v for k, v in plain["encode"].items() if k != "dimensions"}  # a cut of the trained encoder alone
         raw = [p for f in self.files.values() for p in f.paths()]
@@ -221,7 +223,15 @@ class Recipe(MiningStages, TeachingStages):
             )
         progress.say(f"  {sentence}")
         validation = validate.make_validation(
-            self.library, self.training, self.stores, encoder, self.mesh, lengths, section.valid_pool, c.seed
+            self.library,
+            self.training,
+            self.stores,
+            encoder,
+            self.mesh,
+            lengths,
+            section.valid_pool,
+            c.seed,
+            self.passages,
         )
         made_of = None
         if section.objective.name in objectives.DISTILLING:
@@ -346,7 +356,7 @@ class Recipe(MiningStages, TeachingStages):
                 f"  {short['short_queries']} training queries with fewer than {c.mine.least} negatives are left out"
             )
         training_set = sources.labelled(training, self.stores, self.library, version, labels, c.weights.inherit)
-        first, *others = self._with_cloze(training_set, c.train)
+        first, *others = self._with_cloze(training_set._replace(passages=self.passages), c.train)
         used = [q for q in training if not q.held_out]
         refreshing = self._refresh(out_dir, used, training_set.negatives, encoder_config)
         found = [first._replace(refresh=refreshing), *others]

@@ -179,6 +179,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
     langs = sorted(workdir.counts_of(recipe.directory, "corpus"))
     codes = sorted({lang.split("-")[0] for lang in langs})
     whole = " in training; a static embedding reads texts whole" if encoder_config.kind == "static" else ""
+    chunks = f", in up to {c.encoder.chunks} chunks, of which the best one counts" if c.encoder.chunks > 1 else ""
     lines = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity", "language:"]
     lines += [f"- {code}" for code in codes]
     lines += [
@@ -196,7 +197,7 @@ def model_card(recipe: Recipe, encoder_config: Any) -> str:
                 ["query prompt", repr(c.encoder.query_prompt)],
                 ["passage prompt", repr(c.encoder.passage_prompt)],
                 ["passage text", c.data.fields.replace(",", ", one space, ")],
-                ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole],
+                ["tokens of a query / passage", f"{c.encoder.query_length} / {c.encoder.passage_length}" + whole + chunks],
                 ["negatives", _negatives(c)],
                 ["objective", _objective(recipe)],
             ],

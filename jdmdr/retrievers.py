@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from jdmdr import encode, hashing, metrics, progress, triples
+from jdmdr import encode, hashing, maxp, metrics, progress, triples
 from jdmdr.corpus import Collection
 from jdmdr.index import dense_searcher
 from jdmdr.index.bm25 import Bm25Searcher
@@ -60,6 +60,7 @@ class Vectors(NamedTuple):
 
     queries_QxD: np.ndarray  # float32
     blocks: list[np.ndarray]  # of the passages, CixD, memory-mapped
+    first_C: np.ndarray | None = None  # of passages in chunks (jdmdr/maxp.py), where each one's rows begin, and the end
 
 
 class Retriever(NamedTuple):
@@ -70,7 +71,10 @@ class Retriever(NamedTuple):
 
     def rescore(self, rows: np.ndarray) -> Rescore | None:
         """Exact scores of any pairs of these queries (by place) and passages; None where only lists are known."""
-        return dense_rescore(self.vectors.queries_QxD[rows], self.vectors.blocks) if self.vectors else None
+        if self.vectors is None:
+            return None
+        rescore = dense_rescore(self.vectors.queries_QxD[rows], self.vectors.blocks)
+        return rescore if self.vectors.first_C is None else maxp.rescore_best(rescore, self.vectors.first_C)
 
 
 def parse(entries: str, key: str = KEY) -> list[Spec]:
@@ -125,7 +129,7 @@ def encoder_section(spec: Spec, section: ConfigDict) -> ConfigDict:
     directory = pretrained.find_checkpoint(spec.source)
     with own.unlocked(), own.ignore_type():
         own.projection, own.projection_norm, own.towers, own.remat, own.passage_name = 0, False, "", False, ""
-        own.window, own.new_vocabulary, own.layers = 0, False, 0
+        own.window, own.new_vocabulary, own.layers, own.chunks = 0, False, 0, 1
         if spec.preset:
             own.update(PRESETS[spec.preset].encoder())
             own.name = str(directory)
@@ -187,13 +191,19 @@ def dense(vectors: Vectors, index: str, factory: str, mesh: Any) -> Retriever:
 
 def over(searcher: Searcher, vectors: Vectors) -> Retriever:
     """Inner product over vectors whose passages `searcher` holds."""
+    if vectors.first_C is not None:
+        searcher = maxp.BestChunkSearcher(searcher, vectors.first_C)
     return Retriever(lambda rows, k: searcher.search(vectors.queries_QxD[rows], k), vectors)
 
 
 def stored(queries: pathlib.Path, split: str, passages: Sequence[pathlib.Path]) -> Vectors:
     """The embeddings that a stage wrote: queries of one language, passages of one language or of several in a row."""
     blocks = [block for directory in passages for block in encode.shards(directory, "passages")]
-    return Vectors(np.concatenate(encode.shards(queries, f"queries.{split}")).astype(np.float32), blocks)
+    firsts = [first for directory in passages if (first := encode.first_chunks(directory)) is not None]
+    bases = np.cumsum([0, *(first[-1] for first in firsts)])
+    first_C = np.concatenate([*(f[:-1] + base for f, base in zip(firsts, bases, strict=False)), bases[-1:]])
+    queries_QxD = np.concatenate(encode.shards(queries, f"queries.{split}")).astype(np.float32)
+    return Vectors(queries_QxD, blocks, first_C if firsts else None)
 
 
 def external_run(path: pathlib.Path, qids: Sequence[str], collection: Collection) -> Retriever:

@@ -179,9 +179,15 @@ def _change(directory: pathlib.Path, prefix_space: bool) -> None:
 
 
 class Tokenizer:
-    """A tokenizer directory, ready to turn texts of one side into ids of at most `max_length` (special tokens included)."""
+    """A tokenizer directory, ready to turn texts of one side into ids of at most `max_length` (special tokens included).
 
-    def __init__(self, directory: pathlib.Path, max_length: int, prompt: str = ""):
+    With `chunks` above 1 a text has up to so many times that, in chunks of `max_length` tokens behind one another: each with its own
+    special tokens (`chunk_specials`), or cut out of one long sequence.
+    """
+
+    def __init__(
+        self, directory: pathlib.Path, max_length: int, prompt: str = "", chunks: int = 1, chunk_specials: bool = True
+    ):
         path = directory / "tokenizer.json"
         try:
             self._backend = tokenizers.Tokenizer.from_file(str(path))
@@ -190,8 +196,9 @@ class Tokenizer:
                 f"{path}: not a readable tokenizer ({error}); delete its directory and run again"
             ) from error
         self._backend.no_padding()
-        self._backend.enable_truncation(max_length)
-        self._prompt, self._limit = prompt, max_length * CHARACTERS_PER_TOKEN
+        self._backend.enable_truncation(max_length if chunk_specials else max_length * chunks)
+        self._more_chunks = chunks - 1 if chunk_specials else 0
+        self._prompt, self._limit = prompt, max_length * chunks * CHARACTERS_PER_TOKEN
         self.vocab_size = self._backend.get_vocab_size(with_added_tokens=True)
         self.special_tokens = self._backend.num_special_tokens_to_add(is_pair=False)
         word = self._backend.encode("a")
@@ -200,7 +207,11 @@ class Tokenizer:
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """Token ids of each text with the prompt before it."""
         cut = [(self._prompt + text)[: self._limit] for text in texts]
-        return [np.asarray(e.ids, np.int32) for e in self._backend.encode_batch_fast(cut)]
+        encoded = self._backend.encode_batch_fast(cut)
+        if not self._more_chunks:
+            return [np.asarray(e.ids, np.int32) for e in encoded]
+        chunks = ([e, *e.overflowing[: self._more_chunks]] for e in encoded)
+        return [np.concatenate([np.asarray(part.ids, np.int32) for part in of]) for of in chunks]
 
 
 def write_tokens(tokenizer: Tokenizer, texts: Iterable[str], directory: pathlib.Path, lang: str) -> None:
@@ -260,20 +271,23 @@ class TokenStore:
             out[own] = offsets[local[own] + 1] - offsets[local[own]]
         return out
 
-    def gather(self, rows: np.ndarray, width: int) -> Tokens:
+    def gather(self, rows: np.ndarray, width: int, first_B: np.ndarray | None = None) -> Tokens:
         """Global `rows` padded with id 0, or cut, to `width` tokens.
 
-        What is cut keeps the token behind every text, so that it is what the tokenizer would have cut to `width`.
+        What is cut keeps the token behind every text, so that it is what the tokenizer would have cut to `width`. With `first_B`
+        the tokens from there on, as they stand.
         """
         part, local = self._locate(rows)
         ids = np.zeros((len(rows), width), np.int32)
         mask = np.zeros((len(rows), width), np.int32)
         for i, (lang, row) in enumerate(zip(part, local, strict=True)):
             start, stop = self._offsets[lang][row : row + 2]
+            if first_B is not None:
+                start = min(start + first_B[i], stop)
             length = min(int(stop - start), width)
             ids[i, :length] = self._ids[lang][start : start + length]
             mask[i, :length] = 1
-            if stop - start > width and self._ends[lang] != NO_END:
+            if first_B is None and stop - start > width and self._ends[lang] != NO_END:
                 ids[i, -1] = self._ends[lang]
         return Tokens(ids, mask)
 

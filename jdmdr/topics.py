@@ -89,9 +89,11 @@ def kmeans(library, training, langs, embeddings, embed, config, seed, out_dir) -
         raise UserError(f"topics.scope is {config.scope!r}; it is one of language, dataset")
     if not 1 <= config.clusters <= 256:
         raise UserError(f"topics.clusters is {config.clusters}; it is a number from 1 to 256")
-    blocks = {i: encode.shards(embeddings / library.langs[i], "passages") for i in langs}
     positives = {i: np.unique(np.concatenate([q.positives for q in training if q.lang == i])) for i in langs}
-    vectors = {i: encode.gather_rows(blocks[i], rows - library.bases[i]) for i, rows in positives.items()}
+    vectors = {
+        i: encode.passage_vectors(embeddings / library.langs[i], rows - library.bases[i])
+        for i, rows in positives.items()
+    }
     if config.scope == "dataset":
         everything = np.concatenate(list(vectors.values()))
         shared = spherical_kmeans(
@@ -104,7 +106,8 @@ def kmeans(library, training, langs, embeddings, embed, config, seed, out_dir) -
             lang_seed = hashing.stable_hash(seed, "topics", library.langs[i]) % 2**31
             centroids = spherical_kmeans(vectors[i], config.clusters, lang_seed, config.iterations)
         np.save(out_dir / f"{library.langs[i]}.centroids.npy", centroids)
-        yield i, np.concatenate([assign(np.asarray(block, np.float32), centroids) for block in blocks[i]])
+        blocks = encode.passage_blocks(embeddings / library.langs[i])
+        yield i, np.concatenate([assign(block, centroids) for block in blocks])
 
 
 # ----------------------------------------------------------------------------------------------------------------- embed
@@ -125,8 +128,8 @@ def from_examples(
     classifier = fit(embed(list(texts)), np.array(ids))
     for i in langs:
         parts = []
-        for block in encode.shards(embeddings / library.langs[i], "passages"):
-            probabilities_CxK = classifier.predict_proba(np.asarray(block, np.float32))
+        for block in encode.passage_blocks(embeddings / library.langs[i]):
+            probabilities_CxK = classifier.predict_proba(block)
             best_C = classifier.classes_[probabilities_CxK.argmax(axis=1)]
             parts.append(np.where(probabilities_CxK.max(axis=1) < config.least_probability, OTHERS, best_C))
         yield i, np.concatenate(parts)

@@ -18,6 +18,7 @@ from jdmdr import (
     encode,
     encoders,
     expand,
+    maxp,
     mine,
     models,
     parallel,
@@ -98,7 +99,8 @@ class Workspace:
 
     def _tokenizer(self, side: str):
         encoder = self.config.encoder
-        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"])
+        chunks = (encoder.chunks, encoder.chunk_specials) if side == "passage" else ()
+        return Tokenizer(self.directory / "tokenizer", encoder[f"{side}_length"], encoder[f"{side}_prompt"], *chunks)
 
     def _tokenize(
         self,
@@ -123,6 +125,11 @@ class Workspace:
     @functools.cached_property
     def stores(self):
         return sources.open_stores(self.directory / "tokens", self.library, self.vocab_size)
+
+    @functools.cached_property
+    def passages(self) -> TokenStore | maxp.Chunked:
+        """The passages as they are embedded: each one text, or its chunks."""
+        return _chunked(self.stores.passages, self.config.encoder)
 
     def _first_encoder(self):
         """The encoder and its parameters before any training."""
@@ -159,8 +166,13 @@ class Workspace:
             for index, lang in enumerate(langs)
             for shard in encode.shards_of(*map(int, store.bases[index : index + 2]), out_dir / lang, name, c.shard_rows)
         ]
+        texts = {**stores, **({"passages": _chunked(stores["passages"], section)} if passages else {})}
+        if passages and section.chunks > 1:
+            for index, lang in processes.claimed(enumerate(langs)):
+                rows = range(*map(int, stores["passages"].bases[index : index + 2]))
+                encode.write_first_chunks(texts["passages"], rows, out_dir / lang)
         for name, shard in processes.claimed(shards):
-            encode.encode_shard(embedders[sides[name]], params, stores[name], shard, c.dtype)
+            encode.encode_shard(embedders[sides[name]], params, texts[name], shard, c.dtype)
             bar.update(len(shard.rows))
         bar.close()
         return {
@@ -256,6 +268,11 @@ class Workspace:
     @functools.cached_property
     def _counting_tokenizer(self) -> Tokenizer:
         return Tokenizer(self.directory / "tokenizer", self.config.expand.query_length + 1)
+
+
+def _chunked(passages: TokenStore, section: ConfigDict) -> TokenStore | maxp.Chunked:
+    """Passages as the `encoder` keys `section` have them embedded."""
+    return maxp.Chunked(passages, section.passage_length, section.chunks) if section.chunks > 1 else passages
 
 
 def trains(section: ConfigDict) -> bool:

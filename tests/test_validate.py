@@ -22,7 +22,9 @@ def scoring(finished, model):
 def make(finished, encoder, training=None, pool=1000, seed=0):
     training = finished.training if training is None else training
     mesh = parallel.data_mesh()
-    return validate.make_validation(finished.library, training, finished.stores, encoder, mesh, LENGTHS, pool, seed)
+    return validate.make_validation(
+        finished.library, training, finished.stores, encoder, mesh, LENGTHS, pool, seed, finished.passages
+    )
 
 
 def embed(model, store, rows, width):
@@ -121,6 +123,14 @@ def test_perfect_and_useless_encoders_score_one_and_little(finished, model):
     stores = finished.stores._replace(queries=Marked(queries), passages=Marked(range(48)))
     for right, low, high in ((1, 1.0, 1.0), (0, 0.0, 0.6)):
         scoring = validate.make_validation(
-            finished.library, finished.training, stores, Oracle(right), parallel.data_mesh(), LENGTHS, 1000, 0
+            finished.library,
+            finished.training,
+            stores,
+            Oracle(right),
+            parallel.data_mesh(),
+            LENGTHS,
+            1000,
+            0,
+            stores.passages,
         )
         assert low <= scoring({}) <= high

@@ -10,6 +10,8 @@ this is ANCE, whose -log softmax([s+, s-]) is softplus(s- - s+). `all`: the othe
 this is STAR, with one passage a query Inbatch-Neg. `own`: the negatives that batches list (each for every query) and no
 positive; with negatives drawn from the whole corpus this is Rand-Neg.
 
+Of a passage in chunks (MaxP) the best one's score counts.
+
 It is a mean over pairs and not a softmax: an easy pair counts little because its gradient vanishes. A passage that
 stands twice in a batch counts once here; the original counts it twice.
 
@@ -26,6 +28,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from jdmdr import maxp
 from jdmdr.objectives import temperature as temperatures
 from jdmdr.objectives.blockwise import similarities
 from jdmdr.objectives.contrastive import encode_sides, valid_columns
@@ -51,7 +54,7 @@ def make_objective(config: Any, mesh: Mesh | None = None, collections: Collectio
 def pairwise_loss(
     q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], *, temperature: float | jax.Array, negatives: str
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss on embeddings and its metrics.
+    """The loss on embeddings and its metrics; of passages in chunks the rows of `p_NxD` are those (`batches.make_batch`).
 
     Returns:
       The scalar loss, and `loss`, `accuracy_at_1` (the positive beats every valid negative), `positive_score` (mean
@@ -59,8 +62,10 @@ def pairwise_loss(
     """
     if negatives == "query":
         return _own_pairs(q_BxD, p_NxD, batch, temperature)
-    N = p_NxD.shape[0]
     scores_BxN = similarities(q_BxD, p_NxD) / temperature
+    if maxp.BATCH_KEY in batch:
+        scores_BxN = maxp.best_chunk(scores_BxN, batch[maxp.BATCH_KEY])
+    N = scores_BxN.shape[1]
     is_target_BxN = jnp.arange(N) == batch["target_B"][:, None]
     is_negative_BxN = valid_columns(batch) & ~is_target_BxN
     if negatives == "own":
@@ -75,6 +80,8 @@ def _own_pairs(q_BxD: jax.Array, p_NxD: jax.Array, batch: Mapping[str, Any], tem
     p_BxPxD = p_NxD.reshape(B, -1, p_NxD.shape[1])
     scores_BxP = jnp.einsum("bd,bpd->bp", q_BxD, p_BxPxD, preferred_element_type=jnp.float32) / temperature
     ids_BxP = batch["passage_ids_N"].reshape(B, -1)
+    if maxp.BATCH_KEY in batch:
+        scores_BxP = maxp.best_chunk(scores_BxP, batch[maxp.BATCH_KEY].reshape(*ids_BxP.shape, -1))
     known_BxP = (ids_BxP[:, :, None] == batch["positive_ids_BxM"][:, None, :]).any(axis=2)
     is_negative_BxP = ~known_BxP & (jnp.arange(ids_BxP.shape[1]) > 0)
     return _mean_over_pairs(scores_BxP, scores_BxP[:, :1], is_negative_BxP, temperature)
