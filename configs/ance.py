@@ -10,7 +10,7 @@ FirstP on passages), maxp (those of documents in four chunks), warmup (the BM25 
 Questions and TriviaQA), or smoke.
 
 The default trains the quickstart's encoder from scratch, warm-up included: 2 CPU cores, 4 GB of memory, a few minutes on
-tinypedia. What it brings over static negatives at that size is not measured yet.
+tinypedia. What refreshes bring at small size: configs/ance_study.py, docs/results.md.
 
 msmarco is RoBERTa-base from the published BM25 warm-up on MS MARCO passages (docs/data.md tells the files it reads):
     --config configs/ance.py:msmarco --config.data.root=MSMARCO --config.encoder.name=DIR --config.refresh.devices=4,5,6,7
