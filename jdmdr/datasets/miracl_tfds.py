@@ -101,8 +101,9 @@ class Miracl(tfds.core.GeneratorBasedBuilder):
 
 def _passages(paths: list[pathlib.Path]) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in paths:
-        for docid, title, text in reading.passages(path):
-            yield docid, {"id": docid, "title": title, "text": text, "positives": [], "negatives": []}
+        for passage in reading.passages(path):
+            row = {"id": passage.docid, "title": passage.title, "text": passage.text}
+            yield passage.docid, {**row, "positives": [], "negatives": []}
 
 
 def _queries(texts: dict[str, str], judged: reading.Qrels) -> Iterator[tuple[str, dict[str, Any]]]:
