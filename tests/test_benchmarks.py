@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from benchmarks import command, growth, judging, material, speed
+from benchmarks import command, growth, judging, material, speed, targets
 from jdmdr import corpus, datasets, encoders, library, reading, sources
 from jdmdr.llm import prompts
 from jdmdr.types import UserError
@@ -181,3 +181,14 @@ def test_the_searches_whose_growth_is_measured_find_the_same(tmp_path):
     found = growth.search(700, 1, PYTHON, tmp_path, growth.own_bytes())
     assert found["equal"] == {growth.FAISS: 1.0, growth.TORCH: 1.0}
     assert [len(of) for of in found["seconds"].values()] == [1, 1, 1]
+
+
+def test_targets_are_met_missed_or_not_measured():
+    ratios = {"encode": {"median": 1.4}, "train": {"median": 0.9}}
+    found = {"speed": {"ratios": {kind: dict.fromkeys((speed.DEFAULT, speed.TUNED), of) for kind, of in ratios.items()}},
+             "large": {"median_ratio": 1.45}}  # fmt: skip
+    rows = {row["what"]: row for row in targets.table(found)}
+    assert rows["encoding, times as fast as sentence-transformers"]["met"]
+    assert rows["training, times as fast as sentence-transformers"]["met"] is False
+    assert rows["step with grad cache, of the plain one"]["met"] and "met" not in rows["padding in training batches"]
+    assert targets.text([*rows.values()], "simple").count("at least") == 6
