@@ -52,7 +52,7 @@ def find(name: str) -> Device:
 
 
 def _here() -> Device:
-    first = jax.devices()[0]
+    first = jax.local_devices()[0]
     limit = (first.memory_stats() or {}).get("bytes_limit")
     memory = limit or os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / jax.local_device_count()
     same = next((device for device in NAMED.values() if device.name in first.device_kind), None)
