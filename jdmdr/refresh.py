@@ -248,13 +248,17 @@ class Refresh:
                 versions.set_aside(self._versions, version)
 
     def _check_bound(self, version: int, step: int) -> None:
-        """Warns once where mining is too slow for `max_age`: negatives get M + max(S, M) + poll steps old, with M the steps that
-        mining takes and S those between checkpoints."""
+        """Warns once where mining is too slow for `max_age`.
+
+        With M the steps that mining takes and S those between checkpoints, negatives get M + S + poll steps old; where M is above S,
+        2 M + S + poll, because the newest checkpoint is up to S steps old when the next refresh begins.
+        """
         seconds, (began, first) = versions.manifest(self._versions, version).get("seconds", 0), self._began
         if self._section.mode != "async" or self._warned or step <= first:
             return
         mining = seconds * (step - first) / max(time.monotonic() - began, 1e-9)
-        bound = round(mining + max(self._checkpoint_every, mining) + self._section.poll)
+        waiting = mining if mining > self._checkpoint_every else 0
+        bound = round(mining + waiting + self._checkpoint_every + self._section.poll)
         if bound > self._max_age:
             self._warned = True
             heartbeat.event("slow", version=version, bound=bound, max_age=self._max_age)

@@ -159,6 +159,27 @@ def test_a_run_that_should_wait_waits_and_goes_on_with_the_new_version(tmp_path,
     assert max(ages) <= 5
 
 
+@pytest.mark.parametrize("mining, every", [(3, 4), (10, 4), (3, 12), (25, 12)])
+def test_negatives_get_no_older_than_the_bound_that_is_warned_of(tmp_path, mining, every):
+    run, ages = opened(tmp_path, max_age=1000), []
+    busy, source, version = None, 0, 0
+
+    def happening(step):
+        """A miner that takes `mining` steps for the newest checkpoint, which are `every` steps apart."""
+        nonlocal busy, source, version
+        ages.append(run.figures(step)["negatives_age"])
+        if busy and step + 1 >= busy[0]:
+            version, source, busy = version + 1, busy[1], None
+            publish(tmp_path, version, source)
+        newest = (step + 1) // every * every
+        if not busy and newest > source:
+            busy = step + 1 + mining, newest
+
+    steps_of(run, 0, 150, happening, steps=200)
+    bound = mining + (mining if mining > every else 0) + every + 2
+    assert bound - every < max(ages) <= bound and version > 2
+
+
 def test_a_waiting_run_that_is_told_to_stop_stops(tmp_path):
     asked = []
 
