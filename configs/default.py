@@ -393,7 +393,9 @@ def training():
     t.no_decay = ""  # regex on the paths of parameters that do not decay, e.g. "bias$|_norm/scale$"
     t.clip = 1.0  # global gradient norm; 0: off
 
-    t.chunk_rows = 64  # sequences encoded together: smaller pads less, larger computes faster
+    t.chunk_rows = (
+        16  # sequences of like length that are padded to one width: fewer pad less, and take longer to compile
+    )
     t.grad_cache = 0  # sequences that a device encodes at a time, twice, to save memory (docs/scaling.md); 0: all, once
     t.max_profiles = 3  # compiled batch shapes, one more for batches that fit none
     t.checkpoint_every = 500  # steps between validations, each saved

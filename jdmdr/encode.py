@@ -24,7 +24,8 @@ from jdmdr.tokenizer import Tokenizer, TokenStore, write_tokens
 from jdmdr.types import Tokens
 from jdmdr.workdir import atomic
 
-WIDTHS = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096, 8192)
+# What blocks are padded to: steps of a quarter at most from 64 to 640 tokens, where passages lie.
+WIDTHS = (16, 32, 48, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 2048, 4096, 8192)
 # Padded tokens of one call on each device: enough to keep it busy, few enough that a small corpus is not mostly padding.
 TOKENS_PER_BLOCK = {"cpu": 2048, "gpu": 32_768, "tpu": 32_768}
 FIRST_CHUNKS = "passages.first.npy"
