@@ -74,15 +74,28 @@ def write_vectors(path: pathlib.Path, rows: int, rng: np.random.Generator) -> No
         part[:] = rng.standard_normal(part.shape, np.float32)
 
 
-def search(rows: int, rounds: int, torch_python: str, scratch: pathlib.Path, before: int) -> dict[str, Any]:
-    """Seconds of `QUERIES` queries over that many vectors, by system and round; `before` are the bytes of the process at first."""
+def vectors(rows: int, scratch: pathlib.Path) -> tuple[np.ndarray, np.ndarray]:
+    """Passages, mapped, and queries."""
     rng = np.random.default_rng(rows)
     write_vectors(scratch / "p.npy", rows, rng)
     write_vectors(scratch / "q.npy", QUERIES, rng)
-    passages, queries = np.load(scratch / "p.npy", mmap_mode="r"), np.load(scratch / "q.npy")
+    return np.load(scratch / "p.npy", mmap_mode="r"), np.load(scratch / "q.npy")
+
+
+def search_bytes(sizes: list[int], scratch: pathlib.Path) -> list[int]:
+    """What the process gets for searches of so many vectors, from the smallest on, before any other system is in it."""
+    before, found = own_bytes(), []
+    for rows in sizes:
+        passages, queries = vectors(rows, scratch)
+        ExactSearcher([passages], parallel.own_mesh()).search(queries, K)
+        found.append(own_bytes() - before)
+    return found
+
+
+def search(rows: int, rounds: int, torch_python: str, scratch: pathlib.Path) -> dict[str, Any]:
+    """Seconds of `QUERIES` queries over that many vectors, by system and round."""
+    passages, queries = vectors(rows, scratch)
     ours = ExactSearcher([passages], parallel.own_mesh())
-    ours.search(queries, K)
-    held = own_bytes() - before
     index = faiss.IndexFlatIP(WIDTH)
     index.add(passages)
     words = [torch_python, "-c", TORCH_SEARCH, f"{scratch}/", str(scratch / "rows.npy"), str(K)]
@@ -107,7 +120,7 @@ def search(rows: int, rounds: int, torch_python: str, scratch: pathlib.Path, bef
                 seconds[name].append(taken)
         torch.stdin.close()
     equal = {name: float(np.mean(np.sort(of) == np.sort(found[OURS]))) for name, of in found.items() if name != OURS}
-    return {"rows": rows, "seconds": {name: of[1:] for name, of in seconds.items()}, "bytes": held, "equal": equal}
+    return {"rows": rows, "seconds": {name: of[1:] for name, of in seconds.items()}, "equal": equal}
 
 
 def training_step(batch_size: int, tokens: int, rounds: int) -> dict[str, Any]:
@@ -169,10 +182,11 @@ def text(found: dict[str, Any]) -> str:
 def main(a: Any) -> None:
     versions = f"faiss {faiss.__version__}; {find_torch(a.torch_python)}"
     found: dict[str, Any] = {"machine": command.machine(versions), "search": [], "batch": [], "length": []}
-    before = own_bytes()
+    sizes = np.geomspace(a.least, a.most, 5).astype(int).tolist()
     with tempfile.TemporaryDirectory(dir=a.out) as scratch:
-        for rows in progress.bar(np.geomspace(a.least, a.most, 5).astype(int).tolist(), "  searching", "sizes"):
-            found["search"].append(search(rows, a.rounds, str(a.torch_python), pathlib.Path(scratch), before))
+        held = search_bytes(sizes, pathlib.Path(scratch))
+        for rows, of in zip(progress.bar(sizes, "  searching", "sizes"), held, strict=True):
+            found["search"].append({**search(rows, a.rounds, str(a.torch_python), pathlib.Path(scratch)), "bytes": of})
     for batch_size in progress.bar(BATCHES, "  batches", "sizes"):
         found["batch"].append(training_step(batch_size, LENGTHS[0], a.rounds))
     for tokens in progress.bar(LENGTHS, "  lengths", "sizes"):

@@ -178,7 +178,7 @@ def test_an_exponent_says_how_a_measure_grows():
 @pytest.mark.slow
 @pytest.mark.skipif(not PYTHON, reason="JDMDR_TORCH_PYTHON names no Python with torch")
 def test_the_searches_whose_growth_is_measured_find_the_same(tmp_path):
-    found = growth.search(700, 1, PYTHON, tmp_path, growth.own_bytes())
+    found = growth.search(700, 1, PYTHON, tmp_path)
     assert found["equal"] == {growth.FAISS: 1.0, growth.TORCH: 1.0}
     assert [len(of) for of in found["seconds"].values()] == [1, 1, 1]
 
