@@ -109,7 +109,7 @@ class Training:
         from jdmdr import objectives, optim, shapes, step
         from jdmdr.encoders import attention
 
-        config, packed = encoder.config, attention.packs(encoder.config)
+        config, pads = encoder.config, attention.pads(encoder.config)
         flat = [[text for row in rows for text in row] for rows in steps]
         ids = [tokenizer(x, truncation=True, max_length=LENGTH)["input_ids"] for x in flat]
         each = 1 + sizes.per_query
@@ -117,12 +117,9 @@ class Training:
         self._passages = Lists([x[i] for x in ids for i in range(len(x)) if i % each])
         self._sizes = sizes
         rows = sizes.queries, sizes.queries * sizes.per_query
-        per_row = [
-            shapes.chunk_count(n, max(1, n // shapes.SEQUENCES_PER_ROW) if packed else 64, jax.device_count())
-            for n in rows
-        ]
         self._sides = tuple(
-            shapes.Side(k, longest, packed) for k, longest in zip(per_row, (QUERY_LENGTH, LENGTH), strict=True)
+            shapes.make_side(n, longest, chunk_rows=64, grad_cache=0, devices=jax.device_count(), pads=pads)
+            for n, longest in zip(rows, (QUERY_LENGTH, LENGTH), strict=True)
         )
         self.lengths = [
             source.lengths(np.arange(len(steps) * n)).reshape(len(steps), n)

@@ -130,7 +130,9 @@ def training_step(batch_size: int, tokens: int, rounds: int) -> dict[str, Any]:
     encoder, optimiser = encoders.build(config), optax.adamw(1e-5)
     objective = make_objective(SimpleNamespace(mode="none", temperature=0.05, learn_temperature=False), mesh)
     state = init_state(encoder.init(jax.random.key(0)), optimiser)
-    batch = parallel.put_batch(random_batch(batch_size, PASSAGES_PER_QUERY, tokens, config.vocab_size), mesh)
+    batch = parallel.put_batch(
+        random_batch(batch_size, PASSAGES_PER_QUERY, tokens, config.vocab_size, mesh.devices.size), mesh
+    )
     step = make_step(encoder, objective, optimiser, 0, None, mesh).lower(state, batch).compile()
     seconds = []
     for _ in range(1 + rounds):

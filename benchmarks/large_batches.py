@@ -20,7 +20,7 @@ import json
 import time
 from collections.abc import Callable
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import jax
@@ -31,8 +31,9 @@ import optax
 from jdmdr import encoders, parallel
 from jdmdr.objectives import blockwise
 from jdmdr.objectives.contrastive import contrastive_loss, make_objective
-from jdmdr.shapes import Chunks
+from jdmdr.shapes import Packed, make_side
 from jdmdr.step import init_state, make_step
+from jdmdr.types import Tokens
 
 SHAPES = {
     "small": {"layers": 6, "width": 384, "heads": 12, "ffn": 1536, "vocab_size": 30_522},
@@ -52,13 +53,27 @@ def batch_of_labels(B: int, P: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def random_batch(B: int, P: int, tokens: int, vocab_size: int) -> dict[str, Any]:
-    """Texts of full length too."""
-    rng = np.random.default_rng(0)
+class FullTexts(NamedTuple):
+    """A token source whose texts all have `width` random tokens."""
 
-    def block(rows: int, width: int) -> Chunks:
-        ids = rng.integers(5, vocab_size, (rows, width)).astype(np.int32)
-        return Chunks((ids,), (np.ones_like(ids),), np.arange(rows, dtype=np.int32))
+    width: int
+    vocab_size: int
+
+    def lengths(self, rows: np.ndarray) -> np.ndarray:
+        return np.full(len(rows), self.width, np.int32)
+
+    def gather(self, rows: np.ndarray, width: int) -> Tokens:
+        ids = np.random.default_rng(0).integers(5, self.vocab_size, (len(rows), width)).astype(np.int32)
+        return Tokens(ids, np.ones_like(ids))
+
+
+def random_batch(B: int, P: int, tokens: int, vocab_size: int, devices: int, grad_cache: int = 0) -> dict[str, Any]:
+    """Texts of full length too."""
+
+    def block(count: int, width: int) -> Packed:
+        side = make_side(count, width, chunk_rows=16, grad_cache=grad_cache, devices=devices, pads=True)
+        texts, rows = FullTexts(width, vocab_size), np.arange(count)
+        return side.pack(texts, rows, side.needed(texts.lengths(rows)[None], 1)[0].tolist())
 
     return {**batch_of_labels(B, P), "queries": block(B, QUERY_TOKENS), "passages": block(B * P, tokens)}
 
@@ -70,7 +85,10 @@ def measure_step(a: argparse.Namespace) -> dict[str, Any]:
     encoder = encoders.build(config)
     objective = make_objective(SimpleNamespace(mode="none", temperature=0.05, learn_temperature=False), mesh)
     optimiser = optax.adamw(1e-5)
-    batch = parallel.put_batch(random_batch(a.batch_size, a.passages_per_query, a.tokens, config.vocab_size), mesh)
+    made = random_batch(
+        a.batch_size, a.passages_per_query, a.tokens, config.vocab_size, mesh.devices.size, a.grad_cache
+    )
+    batch = parallel.put_batch(made, mesh)
     state = jax.jit(
         lambda: init_state(encoder.init(jax.random.key(0)), optimiser), out_shardings=parallel.replicated(mesh)
     )()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -133,14 +134,14 @@ def plan_shapes(
     passage_max_length: int,
     width_multiple: int = 16,
     max_profiles: int = 4,
-    packed: bool = False,
+    grad_cache: int = 0,
+    pads: bool = True,
     sample: int = 64,
 ) -> BatchShapes:
     """Fixes the shapes before training, from `sample` batches spread over the first epoch of each source.
 
     Args:
-      chunk_rows: wanted sequences per chunk; the nearest size that fits the batch and the devices is taken.
-      packed: whether sequences stand in rows without padding between them instead (`attention.packs`).
+      chunk_rows, grad_cache, pads: see `shapes.make_side`.
     """
     query_lengths, passage_lengths = [], []
     for training_set, planner in sources:
@@ -149,10 +150,7 @@ def plan_shapes(
             query_lengths.append(training_set.queries.lengths(plan.index_B))
             passage_lengths.append(training_set.passages.lengths(_sequences(training_set, rows_N)))
 
-    def side(rows: int, max_length: int) -> fixed.Side:
-        wanted = max(1, rows // fixed.SEQUENCES_PER_ROW) if packed else chunk_rows
-        return fixed.Side(fixed.chunk_count(rows, wanted, devices), max_length, packed)
-
+    side = functools.partial(fixed.make_side, chunk_rows=chunk_rows, grad_cache=grad_cache, devices=devices, pads=pads)
     sides = side(batch_size, query_max_length), side(len(passage_lengths[0]), passage_max_length)
     profiles = fixed.plan_profiles(
         np.stack(query_lengths),
@@ -181,7 +179,7 @@ def make_batch(
     Every process plans the whole batch; of its tokens it reads the rows that `own` names (`shapes.Side.pack`).
 
     Returns:
-      queries, passages: `Chunks` or `Packed` of B queries and N = B * P passages, in plan order (row i * P is query i's
+      queries, passages: `shapes.Packed` of B queries and N = B * P passages, in plan order (row i * P is query i's
         positive).
       target_B: int32, the column of each query's positive.
       passage_ids_N: int32, global rows; first_N: bool, whether no earlier column holds the same passage.

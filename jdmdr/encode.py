@@ -43,7 +43,7 @@ def _compiled_packed(encoder: Any) -> Callable:
     """(params, Packed) -> embeddings in the order that was packed; one compiled function an encoder."""
 
     def embed(params, block):
-        return shapes.encode_chunks(
+        return shapes.encode_rows(
             lambda p, tokens, key, widths: encoder.apply(p, tokens, "pooled", key, widths), params, block
         )
 
@@ -99,12 +99,13 @@ class Embedder(InBlocks):
         """`side` is query or passage: it chooses the tower."""
         super().__init__(encoder, mesh, max_length)
         self._tower = functools.partial(encoder.tower, side=side)
-        self._side = shapes.Side(shapes.SEQUENCES_PER_ROW, max_length, packed=attention.packs(encoder.config))
+        self._side = shapes.Side(shapes.SEQUENCES_PER_ROW, max_length, runs=0)
+        self._packs = attention.packs(encoder.config)
         self._embed_packed = _compiled_packed(encoder)
 
     def embed(self, params: Any, source: Any, rows: np.ndarray) -> np.ndarray:
         """Embeddings, float32 [len(rows), D], of the sequences at `rows` of a token source."""
-        if not (self._side.packed and len(rows)):
+        if not (self._packs and len(rows)):
             return self.apply(self._tower(params), source, rows)
         tower, blocks = self._tower(params), self.packed_blocks(source.lengths(rows))
         width = self._side.needed(np.stack([source.lengths(rows[block]) for block in blocks]), PACKED_MULTIPLE).max()

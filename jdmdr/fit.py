@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jdmdr import encoders, objectives, optim, parallel, trainable
-from jdmdr.shapes import Chunks
+from jdmdr.encoders import attention
+from jdmdr.shapes import Packed, make_side
 from jdmdr.step import init_state, make_step
 
 KNOWN_POSITIVES = 8  # of a query in a batch
@@ -35,7 +37,8 @@ def step_bytes(config: Any, section: Any, lengths: tuple[int, int], batch_size: 
     state = jax.eval_shape(lambda *params: init_state(params[0], optimiser, params[1]), trained, frozen)
     step = make_step(encoder, objective, optimiser, 0, section.lora, mesh, section.grad_cache)
     lowered = step.lower(
-        _placed(state, parallel.replicated(mesh)), abstract_batch(batch_size, section.passages_per_query, lengths, mesh)
+        _placed(state, parallel.replicated(mesh)),
+        abstract_batch(section, batch_size, lengths, mesh, attention.pads(config)),
     )
     found = lowered.compile(OPTIONS if mesh.devices.flat[0].platform == "cpu" else None).memory_analysis()
     sizes = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
@@ -47,15 +50,24 @@ def split_shapes(config: Any, section: Any, own: Mapping[str, jax.Array]) -> tup
     return jax.eval_shape(lambda: trainable.split(section, encoders.build(config).init(jax.random.key(0)), own, 0))
 
 
-def abstract_batch(B: int, P: int, lengths: tuple[int, int], mesh: Mesh) -> dict[str, Any]:
-    """Shapes of a batch as `batches.make_batch` gives it and `parallel.put_batch` lays it."""
-    N = B * P
+def abstract_batch(section: Any, B: int, lengths: tuple[int, int], mesh: Mesh, pads: bool) -> dict[str, Any]:
+    """Shapes of a batch as `batches.make_batch` gives it for an encoder whose attention `pads`, and `parallel.put_batch`
+    lays it."""
+    N = B * section.passages_per_query
 
     def array(*shape: int, dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct(shape, dtype)
 
-    def block(rows: int, width: int) -> Chunks:
-        return Chunks((array(rows, width),), (array(rows, width),), array(rows))
+    def block(count: int, length: int) -> Packed | None:
+        if not count:
+            return None
+        side = make_side(
+            count, length, chunk_rows=section.chunk_rows, grad_cache=section.grad_cache, devices=mesh.devices.size,
+            pads=pads,
+        )  # fmt: skip
+        T, *widths = side.needed(np.full((1, count), length), 1)[0].tolist()
+        R, S = count // side.per_row, side.per_row + 1
+        return Packed(array(R, T), array(R, T), array(R, S), array(count), side.of_sequences(widths))
 
     batch = {
         "queries": block(B, lengths[0]), "passages": block(N, lengths[1]), "target_B": array(B), "passage_ids_N": array(N),

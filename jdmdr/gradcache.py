@@ -10,6 +10,7 @@ as a scan over rematerialised pieces, from which JAX derives the two passes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jdmdr.shapes import Chunks, Packed, chunk_count, in_rows, runs
+from jdmdr.shapes import Packed, part_count
 from jdmdr.types import Tokens
 
 DATA, EVERYWHERE = PartitionSpec("data"), PartitionSpec()
@@ -45,37 +46,28 @@ class Shares(NamedTuple):
         self,
         apply: Callable[[Any, Tokens, jax.Array | None, tuple[int, ...] | None], jax.Array],
         copies: Any,
-        block: Chunks | Packed,
+        block: Packed,
         rng: jax.Array,
     ) -> jax.Array:
-        """As `shapes.encode_chunks`, for `copies` of the parameters; dropout differs between devices, and between pieces.
+        """As `shapes.encode_rows`, for `copies` of the parameters; dropout differs between devices, and between pieces.
 
         Embeddings in plan order are on every device; as encoded they stay where they were encoded.
         """
 
-        def on_device(copies: Any, block: Chunks | Packed, rng: jax.Array) -> jax.Array:
+        def on_device(copies: Any, block: Packed, rng: jax.Array) -> jax.Array:
             params = jax.tree.map(lambda leaf: leaf[0], copies)
             rng = jax.random.fold_in(rng, jax.lax.axis_index("data"))
             if not self.rows:
-                tokens, widths = in_rows(block)
-                return apply(params, tokens, rng, widths)
-            encode_piece = jax.checkpoint(lambda xs: apply(params, *xs, None))
-
-            def in_pieces(tokens: Tokens, per_row: int, rng: jax.Array) -> jax.Array:
-                rows = len(tokens.ids_BxT)
-                pieces = chunk_count(rows, max(self.rows / per_row, 1), 1)
-                split = jax.tree.map(lambda x: x.reshape(pieces, rows // pieces, *x.shape[1:]), tokens)
-                out = jax.lax.map(encode_piece, (split, jax.random.split(rng, pieces)))
-                return out.reshape(rows * per_row, *out.shape[2:])
-
-            if isinstance(block, Packed):
-                return in_pieces(in_rows(block)[0], block.lengths_RxS.shape[1] - 1, rng)
-            found = [in_pieces(tokens, 1, jax.random.fold_in(rng, i)) for i, tokens in enumerate(runs(block))]
-            by_chunk = jnp.concatenate(found)  # K * C, in the end C * K
-            return by_chunk.reshape(len(block.ids), -1, *by_chunk.shape[1:]).swapaxes(0, 1).reshape(by_chunk.shape)
+                return apply(params, block.tokens, rng, block.widths)
+            rows, per_row = len(block.ids_RxT), block.lengths_RxS.shape[1] - 1
+            pieces = part_count(rows, max(self.rows / per_row, 1), 1)
+            split = jax.tree.map(lambda x: x.reshape(pieces, rows // pieces, *x.shape[1:]), block.tokens)
+            encode_piece = jax.checkpoint(lambda xs: apply(params, *xs, block.widths))
+            out = jax.lax.map(encode_piece, (split, jax.random.split(rng, pieces)))
+            return out.reshape(rows * per_row, *out.shape[2:])
 
         encode = jax.shard_map(on_device, mesh=self.mesh, in_specs=(DATA, DATA, EVERYWHERE), out_specs=DATA)
-        embeddings = encode(copies, block._replace(order_N=None), rng)
+        embeddings = encode(copies, dataclasses.replace(block, order_N=None), rng)
         if block.order_N is None:
             return embeddings
         gathered = jax.lax.with_sharding_constraint(embeddings, NamedSharding(self.mesh, EVERYWHERE))

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders import EncoderConfig
-from jdmdr.shapes import Chunks, Packed
+from jdmdr.shapes import Packed
 from jdmdr.types import Tokens
 
 T = TypeVar("T")
@@ -72,15 +72,14 @@ def lengths(batch: Any) -> np.ndarray:
     """Tokens of each text of a batch on the host, int64, in the order that they lie."""
 
     def is_block(node: Any) -> bool:
-        return isinstance(node, (Chunks, Packed, Tokens))
+        return isinstance(node, (Packed, Tokens))
 
     found = [np.empty(0, np.int64)]
     for block in filter(is_block, jax.tree.leaves(batch, is_leaf=is_block)):
         if isinstance(block, Packed):
             found.append(block.lengths_RxS[:, :-1].ravel())
         else:
-            masks = block.mask if isinstance(block, Chunks) else (block.mask_BxT,)
-            found += [mask.sum(axis=1) for mask in masks]
+            found.append(block.mask_BxT.sum(axis=1))
     return np.concatenate(found, dtype=np.int64)
 
 

@@ -1,16 +1,17 @@
 """Fixed shapes without padding waste.
 
-Inside a batch the sequences are sorted by length and cut into chunks of equal row count, each padded to its own width;
-or, where attention can tell sequences in a row apart by their lengths, packed into rows without padding between them.
-A *profile* fixes the widths of all chunks, or of the packed rows, for queries and passages together. A few profiles are
-computed before training from the lengths of planned batches; a batch uses the cheapest one that covers it, so the
-number of compiled shapes is small and known.
+The sequences of a batch are packed into rows of close to equal length, one after another. Attention alone, where it
+cannot tell them apart by their lengths, takes them in runs of like length that are padded to one width each. A
+*profile* fixes the widths of the rows and of the runs for queries and passages together. A few profiles are computed
+before training from the lengths of planned batches; a batch uses the cheapest one that covers it, so the number of
+compiled shapes is small and known.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -33,24 +34,19 @@ class TokenSource(Protocol):
 
 
 class Profile(NamedTuple):
-    """Widths in tokens: of the chunks, longest first, whose row count is rows / len(widths); or the one of packed rows."""
+    """Widths in tokens: of the rows, then of the runs of sequences that attention pads to one width, longest first."""
 
     query_widths: tuple[int, ...]
     passage_widths: tuple[int, ...]
 
 
-class Chunks(NamedTuple):
-    """A block of sequences, sorted by length and cut into chunks of C rows (a pytree).
-
-    `order_N[i]` is the place of row i of the plan: K * r + k for row r of chunk k among K. None: embeddings stay in theirs.
-    """
-
-    ids: tuple[Any, ...]  # C_k x T_k, int32
-    mask: tuple[Any, ...]  # C_k x T_k, int32
-    order_N: Any  # int32
-
-
-class Packed(NamedTuple):
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["ids_RxT", "mask_RxT", "lengths_RxS", "order_N"],
+    meta_fields=["widths"],
+)
+@dataclasses.dataclass(frozen=True)
+class Packed:
     """A block of sequences, S - 1 in each of R rows, one after another and padding behind them (a pytree).
 
     `order_N[i]` is the place of row i of the plan: (S - 1) * r + s for sequence s of row r.
@@ -60,6 +56,12 @@ class Packed(NamedTuple):
     mask_RxT: Any  # int32
     lengths_RxS: Any  # int32, of the padding last, which is at least 1
     order_N: Any  # int32
+    widths: tuple[int, ...] | None  # that attention pads each sequence of a row to; None: it takes them as they lie
+
+    @property
+    def tokens(self) -> Tokens:
+        """For a call of the encoder."""
+        return Tokens(self.ids_RxT, self.mask_RxT, lengths_BxS=self.lengths_RxS)
 
 
 OwnRows = Callable[[int], np.ndarray]  # number of an array's rows -> those that this process needs (parallel.own_rows)
@@ -68,37 +70,74 @@ OwnRows = Callable[[int], np.ndarray]  # number of an array's rows -> those that
 class Side(NamedTuple):
     """How the sequences of one side of a batch, queries or passages, lie."""
 
-    per_row: int  # chunks, or sequences in a packed row
+    per_row: int
     max_length: int
-    packed: bool
+    runs: int  # of sequences that attention pads to one width; 0: it takes the sequences as they lie
 
     def needed(self, lengths_SxN: np.ndarray, multiple: int) -> np.ndarray:
-        """The widths that each of S batches needs, S x len(widths), rounded up."""
+        """The widths that each of S batches needs, S x (1 + runs), rounded up."""
         if not self.per_row:
             return np.empty((len(lengths_SxN), 0), np.int64)
         lengths_SxN = np.minimum(lengths_SxN.astype(np.int64), self.max_length)
-        if self.packed:
-            rows = [lengths_N[balanced_rows(lengths_N, self.per_row)].sum(axis=1).max() for lengths_N in lengths_SxN]
-            return -(-(np.array(rows)[:, None] + 1) // multiple) * multiple
+        rows = [lengths_N[balanced_rows(lengths_N, self.per_row)].sum(axis=1).max() for lengths_N in lengths_SxN]
         longest_first_SxN = -np.sort(-lengths_SxN, axis=1)
-        longest = longest_first_SxN[:, :: lengths_SxN.shape[1] // self.per_row]
-        return np.clip(-(-longest // multiple) * multiple, 1, self.max_length)
+        longest = longest_first_SxN[:, self._first_of_runs() * (lengths_SxN.shape[1] // self.per_row)]
+        widths = np.clip(-(-longest // multiple) * multiple, 1, self.max_length)
+        return np.concatenate([-(-(np.array(rows)[:, None] + 1) // multiple) * multiple, widths], axis=1)
 
     def pack(
         self, source: TokenSource, rows_N: np.ndarray, widths: Sequence[int], own: OwnRows | None = None
-    ) -> Chunks | Packed:
-        """The sequences of `rows_N`, cut off at `max_length`, laid out with these widths.
+    ) -> Packed | None:
+        """The sequences of `rows_N`, cut off at `max_length`, laid out with these widths; None if there are none.
 
         Of each array's rows only those that `own` names are read; the others are 0.
         """
-        if self.packed and len(rows_N):
-            return pack_rows(source, rows_N, self.per_row, self.max_length, widths[0], own)
-        return pack(source, rows_N, widths, own)
+        if not len(rows_N):
+            return None
+        lengths_N = np.minimum(source.lengths(rows_N), self.max_length)
+        index_RxS = balanced_rows(lengths_N, self.per_row)
+        order_N = np.empty(len(rows_N), np.int32)
+        order_N[index_RxS.ravel()] = np.arange(len(rows_N), dtype=np.int32)
+        lengths_RxS = lengths_N[index_RxS]
+        mask_RxT = np.arange(widths[0]) < lengths_RxS.sum(axis=1, keepdims=True)
+        places = own(len(index_RxS)) if own else np.arange(len(index_RxS))
+        tokens = source.gather(rows_N[index_RxS[places].ravel()], int(lengths_N.max()))
+        ids_RxT = np.zeros(mask_RxT.shape, np.int32)
+        read_RxT = np.zeros_like(mask_RxT)
+        read_RxT[places] = mask_RxT[places]
+        ids_RxT[read_RxT] = tokens.ids_BxT[tokens.mask_BxT > 0]
+        padding_Rx1 = widths[0] - lengths_RxS.sum(axis=1, keepdims=True)
+        return Packed(
+            ids_RxT,
+            mask_RxT.astype(np.int32),
+            np.concatenate([lengths_RxS, padding_Rx1], axis=1).astype(np.int32),
+            order_N,
+            self.of_sequences(widths[1:]),
+        )
+
+    def _first_of_runs(self) -> np.ndarray:
+        return np.arange(self.runs) * self.per_row // max(self.runs, 1)
+
+    def of_sequences(self, widths: Sequence[int]) -> tuple[int, ...] | None:
+        """The width of each sequence of a row, from those of the runs."""
+        counts = np.diff(np.append(self._first_of_runs(), self.per_row))
+        return tuple(np.repeat(widths, counts).tolist()) if self.runs else None
 
 
-def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
-    """Number of equal chunks such that a chunk has close to `wanted_rows` rows and splits evenly over the devices; 0 for
-    no rows.
+def make_side(rows: int, max_length: int, *, chunk_rows: int, grad_cache: int, devices: int, pads: bool) -> Side:
+    """The layout of a side of `rows` sequences.
+
+    Args:
+      chunk_rows: wanted sequences in a run, where attention `pads` (`attention.pads`).
+      grad_cache: sequences that a device encodes at a time, so that a row holds no more; 0: all.
+    """
+    most_per_row = min(SEQUENCES_PER_ROW, grad_cache or SEQUENCES_PER_ROW)
+    per_row = part_count(rows, max(1, rows // most_per_row), devices)
+    return Side(per_row, max_length, min(per_row, max(1, rows // chunk_rows)) if pads else 0)
+
+
+def part_count(rows: int, wanted: float, devices: int) -> int:
+    """Number of equal parts such that a part has close to `wanted` rows and splits evenly over the devices; 0 for no rows.
 
     Raises:
       UserError: `rows` is not a multiple of `devices`.
@@ -108,7 +147,7 @@ def chunk_count(rows: int, wanted_rows: int, devices: int) -> int:
     if not rows:
         return 0
     sizes = [size for size in range(devices, rows + 1, devices) if rows % size == 0]
-    return rows // min(sizes, key=lambda size: (abs(np.log(size / wanted_rows)), size))
+    return rows // min(sizes, key=lambda size: (abs(np.log(size / wanted)), size))
 
 
 def plan_profiles(
@@ -157,32 +196,6 @@ def cheapest(
     )
 
 
-def pack(source: TokenSource, rows_N: np.ndarray, widths: Sequence[int], own: OwnRows | None = None) -> Chunks:
-    """Gathers the sequences of `rows_N`, longest first, into one chunk per width; no rows make no chunk."""
-    if not len(rows_N):
-        return Chunks((), (), np.empty(0, np.int32))
-    longest_first_N = np.argsort(-source.lengths(rows_N).astype(np.int64), kind="stable")
-    order_N = np.empty(len(rows_N), np.int32)
-    order_N[longest_first_N] = np.arange(len(rows_N), dtype=np.int32).reshape(-1, len(widths)).T.ravel()
-    parts = np.split(rows_N[longest_first_N], len(widths))
-    blocks = [_gather(source, part, width, own) for part, width in zip(parts, widths, strict=True)]
-    return Chunks(tuple(block.ids_BxT for block in blocks), tuple(block.mask_BxT for block in blocks), order_N)
-
-
-def _gather(source: TokenSource, rows_C: np.ndarray, width: int, own: OwnRows | None) -> Tokens:
-    if own is None:
-        return source.gather(rows_C, width)
-    places = own(len(rows_C))
-    return jax.tree.map(lambda found: _spread(found, places, len(rows_C)), source.gather(rows_C[places], width))
-
-
-def _spread(found: np.ndarray, places: np.ndarray, count: int) -> np.ndarray:
-    """An array of `count` rows with those of `found` at `places`, and 0 elsewhere."""
-    whole = np.zeros((count, *found.shape[1:]), found.dtype)
-    whole[places] = found
-    return whole
-
-
 def balanced_rows(lengths_N: np.ndarray, per_row: int) -> np.ndarray:
     """Which sequences share a row, R x per_row: as many in each, their lengths summing to about the same.
 
@@ -199,68 +212,29 @@ def balanced_rows(lengths_N: np.ndarray, per_row: int) -> np.ndarray:
     return index_RxS
 
 
-def pack_rows(
-    source: TokenSource, rows_N: np.ndarray, per_row: int, max_length: int, width: int, own: OwnRows | None = None
-) -> Packed:
-    """Gathers the sequences of `rows_N`, cut off at `max_length`, into rows of `width` tokens, `per_row` in each."""
-    lengths_N = np.minimum(source.lengths(rows_N), max_length)
-    index_RxS = balanced_rows(lengths_N, per_row)
-    order_N = np.empty(len(rows_N), np.int32)
-    order_N[index_RxS.ravel()] = np.arange(len(rows_N), dtype=np.int32)
-    lengths_RxS = lengths_N[index_RxS]
-    mask_RxT = np.arange(width) < lengths_RxS.sum(axis=1, keepdims=True)
-    places = own(len(index_RxS)) if own else np.arange(len(index_RxS))
-    tokens = source.gather(rows_N[index_RxS[places].ravel()], int(lengths_N.max()))
-    ids_RxT = np.zeros((len(places), width), np.int32)
-    ids_RxT[mask_RxT[places]] = tokens.ids_BxT[tokens.mask_BxT > 0]
-    ids_RxT = _spread(ids_RxT, places, len(index_RxS)) if own else ids_RxT
-    padding_Rx1 = width - lengths_RxS.sum(axis=1, keepdims=True)
-    return Packed(
-        ids_RxT, mask_RxT.astype(np.int32), np.concatenate([lengths_RxS, padding_Rx1], axis=1).astype(np.int32), order_N
-    )
-
-
-def padding_share(tokens: int, *blocks: Chunks | Packed) -> float:
+def padding_share(tokens: int, *blocks: Packed | None) -> float:
     """Share of the blocks' token slots that hold padding, where `tokens` of them do not."""
-    masks = [mask for block in blocks for mask in (block.mask if isinstance(block, Chunks) else (block.mask_RxT,))]
-    return 1.0 - tokens / sum(mask.size for mask in masks)
+    return 1.0 - tokens / sum(block.mask_RxT.size for block in blocks if block)
 
 
-def encode_chunks(
+def encode_rows(
     apply: Callable[[Any, Tokens, jax.Array | None, tuple[int, ...] | None], jax.Array],
     params: Any,
-    block: Chunks | Packed,
+    block: Packed,
     rng: jax.Array | None = None,
 ) -> jax.Array:
-    """Embeds all rows in one call and returns them in plan order, NxD, or as encoded where `order_N` is None;
+    """Embeds all sequences in one call and returns them in plan order, NxD, or as they lie where `order_N` is None;
     differentiable, to be called under jit.
 
     Args:
-      apply: (params, tokens, dropout key or None, widths of the sequences in a row) -> a vector for each sequence.
+      apply: (params, tokens, dropout key or None, widths for attention or None) -> a vector for each sequence.
       rng: the dropout key; None for a deterministic encoder.
     """
-    tokens, widths = in_rows(block)
-    embeddings = apply(params, tokens, rng, widths)
+    embeddings = apply(params, block.tokens, rng, block.widths)
     return embeddings if block.order_N is None else jnp.take(embeddings, block.order_N, axis=0)
-
-
-def in_rows(block: Chunks | Packed) -> tuple[Tokens, tuple[int, ...] | None]:
-    """The block for one call of the encoder: tokens with several sequences in a row, and their widths where these are fixed."""
-    if isinstance(block, Packed):
-        return Tokens(block.ids_RxT, block.mask_RxT, lengths_BxS=block.lengths_RxS), None
-    # Side by side: row i holds row i of every chunk, so the split over devices stays as it is.
-    tokens = Tokens(jnp.concatenate(block.ids, axis=1), jnp.concatenate(block.mask, axis=1))
-    return tokens, tuple(ids.shape[1] for ids in block.ids)
-
-
-def runs(chunks: Chunks) -> Iterator[Tokens]:
-    """Neighbours of one width as rows behind one another."""
-    for _, run in itertools.groupby(zip(chunks.ids, chunks.mask, strict=True), key=lambda pair: pair[0].shape[1]):
-        ids, mask = zip(*run, strict=True)
-        yield Tokens(jnp.concatenate(ids), jnp.concatenate(mask))
 
 
 def _tokens(profile: Profile, sides: tuple[Side, Side], rows: Sequence[int]) -> float:
     return sum(
-        count / side.per_row * sum(widths) for count, side, widths in zip(rows, sides, profile, strict=True) if count
+        count / side.per_row * widths[0] for count, side, widths in zip(rows, sides, profile, strict=True) if count
     )

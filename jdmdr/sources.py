@@ -164,12 +164,12 @@ class Source(NamedTuple):
 
 def batch_maker(
     sources: Sequence[Source], section: Any, weights: Any, lengths: tuple[int, int], devices: int, seed: int,
-    langs: int, topics: int, packed: bool = False, own: OwnRows | None = None,
+    langs: int, topics: int, pads: bool = True, own: OwnRows | None = None,
 ) -> tuple[Callable[[int], tuple[dict, dict]], int, str]:  # fmt: skip
     """The function step -> (batch, figures to log) over `sources`, a pure function of the step; `own` as in `make_batch`.
 
-    `packed` puts sequences behind one another without padding, for encoders that `attention.packs`. Returns it with the
-    number of batch shapes it can give and a sentence on what a query sees.
+    `pads` is `attention.pads` of the encoder. Returns it with the number of batch shapes it can give and a sentence on what a
+    query sees.
     """
     if section.batch_size % devices:
         raise UserError(f"batch_size is {section.batch_size}, not a multiple of the {devices} devices")
@@ -182,7 +182,8 @@ def batch_maker(
         shapes = batches.plan_shapes(
             [(s.training_set, planner)], batch_size=section.batch_size, passages_per_query=s.passages_per_query,
             seed=seed, chunk_rows=section.chunk_rows, devices=devices, query_max_length=lengths[0],
-            passage_max_length=lengths[1], max_profiles=section.max_profiles, packed=packed,
+            passage_max_length=lengths[1], max_profiles=section.max_profiles, pads=pads,
+            grad_cache=section.grad_cache,
         )  # fmt: skip
         planned.append((s, planner, shapes, make_weights(*labels, langs, topics, **settings)))
 

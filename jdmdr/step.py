@@ -14,7 +14,7 @@ from jdmdr.encoders import SIDES
 from jdmdr.gradcache import Shares
 from jdmdr.objectives import Objective
 from jdmdr.optim import path_name
-from jdmdr.shapes import encode_chunks
+from jdmdr.shapes import encode_rows
 from jdmdr.types import Tokens
 
 State = dict[str, Any]  # params, opt_state, step, skipped, skipped_in_a_row; frozen where not all parameters train
@@ -73,14 +73,14 @@ def make_step(
         leaves = jax.tree.leaves(batch, is_leaf=lambda block: isinstance(block, Tokens))
         here = None if any(isinstance(block, Tokens) for block in leaves) else shares
 
-        def encode(params, chunks, side: str, output: str = "pooled"):
+        def encode(params, block, side: str, output: str = "pooled"):
             side_rng = jax.random.fold_in(rng, SIDES.index(side))
             tower = encoder.tower(params, side)
-            if isinstance(chunks, Tokens):
-                return encoder.apply(tower, chunks, output, side_rng)
-            encode_side = here.encode if here else encode_chunks
+            if isinstance(block, Tokens):
+                return encoder.apply(tower, block, output, side_rng)
+            encode_side = here.encode if here else encode_rows
             return encode_side(
-                lambda p, tokens, key, widths: encoder.apply(p, tokens, output, key, widths), tower, chunks, side_rng
+                lambda p, tokens, key, widths: encoder.apply(p, tokens, output, key, widths), tower, block, side_rng
             )
 
         def loss(trained):

@@ -1,5 +1,6 @@
 """What several tests share: a small data root on disk, and the commands run as a user runs them."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -147,3 +148,14 @@ class Source:
     def gather(self, rows, width):
         mask = (np.arange(width) < self._lengths[rows][:, None]).astype(np.int32)
         return Tokens(np.asarray(rows, np.int32)[:, None] * mask, mask)
+
+
+def block_of(rng, rows, longest, vocabulary, per_row=1, runs=0, shortest=1):
+    """Random texts as a side of a batch holds them, in random order."""
+    from jdmdr.shapes import Side
+
+    source = Source(rng.integers(shortest, longest + 1, rows))
+    widths = [per_row * longest + 1] + [longest] * runs
+    block = Side(per_row, longest, runs).pack(source, rng.permutation(rows), widths)
+    ids = rng.integers(1, vocabulary, block.ids_RxT.shape).astype(np.int32)
+    return dataclasses.replace(block, ids_RxT=ids * block.mask_RxT)

@@ -219,25 +219,24 @@ def test_eight_devices_equal_one_in_loss_and_gradient():
         from types import SimpleNamespace
         from jax.sharding import AxisType, NamedSharding, PartitionSpec
         from jdmdr import shapes
-        from jdmdr.encoders import packed
+        from jdmdr.encoders.pooling import PACKED_POOLINGS
         from jdmdr.objectives import OBJECTIVES
         from jdmdr.objectives.contrastive import MODES
+        from tests.conftest import block_of
         from tests.test_contrastive import make_case
 
         B, P, vocabulary = 16, 4, 50
         _, _, batch = make_case(B, P)
         rng = np.random.default_rng(0)
 
-        def block(rows):
-            ids = tuple(rng.integers(0, vocabulary, (rows // 2, width)).astype(np.int32) for width in (6, 3))
-            return shapes.Chunks(ids, tuple(np.ones_like(x) for x in ids), rng.permutation(rows).astype(np.int32))
-
-        batch |= {"queries": block(B), "passages": block(B * P)}
+        batch |= {"queries": block_of(rng, B, 6, vocabulary), "passages": block_of(rng, B * P, 6, vocabulary, per_row=2)}
         params = rng.normal(size=(vocabulary, 8)).astype(np.float32)
 
-        def encode(params, chunks, side, output="pooled"):
-            mean = lambda p, tokens, key, widths: packed.pool(lambda ids: p[ids].mean(1), widths, tokens.ids_BxT)
-            return shapes.encode_chunks(mean, params, chunks)
+        def mean(p, tokens, key, widths):
+            return PACKED_POOLINGS["mean"](p[tokens.ids_BxT], tokens.lengths_BxS).reshape(-1, p.shape[1])
+
+        def encode(params, block, side, output="pooled"):
+            return shapes.encode_rows(mean, params, block)
 
         def run(devices, mode):
             mesh = jax.make_mesh(

@@ -91,28 +91,31 @@ def test_embeddings_have_unit_length_where_asked(config):
     assert np.all(np.abs(np.linalg.norm(raw, axis=1) - 1) > 1e-3)
 
 
-@pytest.mark.parametrize("family", ["bert", "roberta", "static"])
-def test_sequences_side_by_side_in_a_row_give_what_each_gives_alone(family):
-    config = STATIC if family == "static" else dataclasses.replace(TRANSFORMER, family=family, pad_token_id=1)
-    widths, apply = (8, 5, 5), jitted(config)
-    blocks = [Tokens(TOKENS.ids_BxT[rows, :w], TOKENS.mask_BxT[rows, :w])
-              for rows, w in zip(([0, 1], [2, 1], [3, 0]), widths, strict=True)]  # fmt: skip
-    row = Tokens(*(np.concatenate(parts, axis=1) for parts in list(zip(*blocks, strict=True))[:2]))
-    found = apply(start(config), row, widths=widths).reshape(2, 3, -1)
-    for k, block in enumerate(blocks):
-        np.testing.assert_allclose(found[:, k], apply(start(config), block), atol=1e-6)
+PACKED_KINDS = {
+    "bert, cls": dict(pooling="cls"),
+    "roberta, mean": dict(family="roberta", pooling="mean"),
+    "bert, last": dict(pooling="last"),
+    "longformer": dict(family="longformer", window=4, pooling="cls"),
+    "remat": dict(remat=True),
+}
 
 
-@pytest.mark.parametrize(("family", "pooling"), [("bert", "cls"), ("roberta", "mean"), ("bert", "last")])
-def test_sequences_packed_without_padding_give_what_each_gives_alone(family, pooling):
-    config = dataclasses.replace(TRANSFORMER, family=family, pooling=pooling, pad_token_id=1, max_positions=14)
+@pytest.mark.parametrize("widths", [(8, 8, 1), (9, 5, 5), None])
+@pytest.mark.parametrize("kind", [*PACKED_KINDS, "static"])
+def test_packed_sequences_have_the_embeddings_and_gradients_of_each_alone(kind, widths):
+    if kind == "static":
+        config = STATIC
+    else:
+        config = dataclasses.replace(TRANSFORMER, pad_token_id=1, max_positions=14, **PACKED_KINDS[kind])
+    if widths is None and config.window:
+        pytest.skip("sliding windows need widths")
     texts = [TOKENS.ids_BxT[i, :length] for i, length in enumerate((8, 5, 1))]
     row = np.concatenate([*texts, np.ones(3, np.int32)])[None]
     packed = Tokens(row, (np.arange(17) < 14).astype(np.int32)[None], lengths_BxS=np.array([[8, 5, 1, 3]], np.int32))
     weights = np.arange(48.0).reshape(3, 16)
 
     def together(params):
-        return jnp.sum(weights * encoders.build(config).apply(params, packed))
+        return jnp.sum(weights * encoders.build(config).apply(params, packed, widths=widths))
 
     def alone(params):
         rows = [
@@ -135,7 +138,7 @@ def test_packed_attention_is_used_only_where_it_was_seen_to_be_right(monkeypatch
         attention.packed_error.cache_clear()
         monkeypatch.setattr(attention, "packed_flash", wrong)
         assert not attention.packs(config)
-    right = functools.partial(attention.packed_plain, lambda x: x)
+    right = functools.partial(attention.packed_plain, None)
     attention.packed_error.cache_clear()
     monkeypatch.setattr(attention, "packed_flash", right)
     assert attention.packs(config)

@@ -57,7 +57,7 @@ def test_an_abstract_batch_has_the_shapes_of_a_real_one(finished):
     mined = sources.labelled(finished.training, finished.stores, finished.library, version, labels, False)
     found = [sources.Source(mined, 1.0, c.train.passages_per_query)]
     real = sources.batch_maker(found, c.train, c.weights, (32, 96), 1, 0, 2, c.topics.clusters)[0](0)[0]
-    ours = fit.abstract_batch(c.train.batch_size, c.train.passages_per_query, (32, 96), finished.mesh)
+    ours = fit.abstract_batch(c.train, c.train.batch_size, (32, 96), finished.mesh, pads=True)
     assert ours.keys() == real.keys()
     for name in real.keys() - {"queries", "passages", "positive_ids_BxM"}:
         assert (ours[name].shape, ours[name].dtype) == (real[name].shape, real[name].dtype), name

@@ -8,15 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import Source
+from conftest import Source, block_of
 from test_contrastive import make_case
 
 from jdmdr import encoders, parallel, shapes
 from jdmdr.costs import sent_bytes
-from jdmdr.encoders.packed import pool
-from jdmdr.encoders.pooling import POOLINGS
+from jdmdr.encoders.pooling import PACKED_POOLINGS
 from jdmdr.objectives import OBJECTIVES, blockwise
-from jdmdr.shapes import Chunks
 from jdmdr.step import init_state, make_step
 
 VOCABULARY, WIDTH, P, QUERIES = 60, 16, 4, 48
@@ -42,7 +40,7 @@ class Encoder:
         x_BxTxD = params["embedding"][tokens.ids_BxT]
         x_BxTxD *= jax.random.bernoulli(rng, 1 - self.dropout, x_BxTxD.shape) / (1 - self.dropout)
         x_BxTxD = jnp.tanh(x_BxTxD @ params["kernel"])
-        return pool(POOLINGS["mean"], widths or (x_BxTxD.shape[1],), x_BxTxD, tokens.mask_BxT)
+        return PACKED_POOLINGS["mean"](x_BxTxD, tokens.lengths_BxS).reshape(-1, WIDTH)
 
 
 def transformer(**changes):
@@ -52,19 +50,14 @@ def transformer(**changes):
     return encoders.build(config)
 
 
-def batch_of(B, widths=(12, 6), seed=0):
-    """B queries and B * P passages; each side in a chunk a width."""
+def batch_of(B, longest=12, seed=0, shortest=1):
+    """B queries and B * P passages."""
     _, _, batch = make_case(B, P)
     rng = np.random.default_rng(seed)
-
-    def block(rows):
-        ids = tuple(rng.integers(1, VOCABULARY, (rows // len(widths), width)).astype(np.int32) for width in widths)
-        mask = tuple(
-            (np.arange(x.shape[1]) < rng.integers(1, x.shape[1] + 1, (len(x), 1))).astype(np.int32) for x in ids
-        )
-        return Chunks(ids, mask, rng.permutation(rows).astype(np.int32))
-
-    return {**batch, "queries": block(B), "passages": block(B * P)}
+    sides = {"queries": B, "passages": B * P}
+    return batch | {
+        side: block_of(rng, rows, longest, VOCABULARY, shortest=shortest, runs=1) for side, rows in sides.items()
+    }
 
 
 def step_of(encoder, mesh, grad_cache):
@@ -111,16 +104,17 @@ def test_the_gradient_is_that_of_the_whole_batch_at_once(encoder):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("grad_cache", [0, 6])
-def test_packed_rows_give_the_gradient_of_padded_chunks(grad_cache):
+@pytest.mark.parametrize("runs", [0, 2])
+def test_how_many_sequences_share_a_row_and_a_width_does_not_change_the_gradient(grad_cache, runs):
     encoder, rng = transformer(), np.random.default_rng(2)
     params = encoder.init(jax.random.key(1))
-    padded, packed = batch_of(12), batch_of(12)
+    alone, packed = batch_of(12), batch_of(12)
     for side, rows in (("queries", 12), ("passages", 12 * P)):
-        source = Source(rng.integers(1, 20, rows))
-        numbers = np.arange(rows)
-        padded[side] = shapes.Side(2, 20, packed=False).pack(source, numbers, (20, 20))
-        packed[side] = shapes.Side(3, 20, packed=True).pack(source, numbers, (61,))
-    loss, gradient = gradient_of(encoder, padded, 0)(params)
+        source, numbers = Source(rng.integers(1, 20, rows)), np.arange(rows)
+        alone[side] = shapes.Side(1, 20, 1).pack(source, numbers, (21, 20))
+        layout = shapes.Side(3, 20, runs)
+        packed[side] = layout.pack(source, numbers, layout.needed(source.lengths(numbers)[None], 1)[0].tolist())
+    loss, gradient = gradient_of(encoder, alone, 0)(params)
     packed_loss, packed_gradient = gradient_of(encoder, packed, grad_cache)(params)
     assert packed_loss == pytest.approx(loss, rel=1e-5)
     for one, other in zip(jax.tree.leaves(gradient), jax.tree.leaves(packed_gradient), strict=True):
@@ -142,7 +136,7 @@ def test_both_passes_have_the_same_dropout():
 def scratch_bytes(encoder, grad_cache, B):
     mesh = parallel.data_mesh()
     step, start = step_of(encoder, mesh, grad_cache)
-    arguments = jax.eval_shape(lambda: start(encoder.init(jax.random.key(0)))), batch_of(B, widths=(128,))
+    arguments = jax.eval_shape(lambda: start(encoder.init(jax.random.key(0)))), batch_of(B, 128, shortest=128)
     return step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 

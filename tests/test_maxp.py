@@ -78,7 +78,7 @@ def test_the_search_finds_the_passages_of_the_best_chunks(passages, longest, k):
     hits, by_hand = found.search(np.arange(len(queries)), k), scores_by_hand(first_C, vectors, queries)
     best = np.argsort(-by_hand, axis=1, kind="stable")[:, : min(k, passages)]
     np.testing.assert_array_equal(hits.rows_QxK, best)
-    np.testing.assert_allclose(hits.scores_QxK, np.take_along_axis(by_hand, best, 1), rtol=1e-5)
+    np.testing.assert_allclose(hits.scores_QxK, np.take_along_axis(by_hand, best, 1), rtol=1e-5, atol=1e-6)
     query_N, row_N = np.array([3, 0, 3, 2]), np.array([4, 1, 0, passages - 1])
     np.testing.assert_allclose(
         found.rescore(np.arange(len(queries)))(query_N, row_N), by_hand[query_N, row_N], rtol=1e-5

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from jdmdr import encoders, perf
-from jdmdr.shapes import Chunks, Packed
+from jdmdr.shapes import Packed
 from jdmdr.types import Tokens
 
 CONFIG = encoders.EncoderConfig(
@@ -36,8 +36,8 @@ def _mask(*lengths):
 
 
 BATCH = {
-    "queries": Chunks((_mask(5, 2), _mask(1, 0)), (_mask(5, 2), _mask(1, 0)), np.arange(4)),
-    "passages": Packed(_mask(7, 7), _mask(7, 7), np.array([[3, 4, 1], [2, 5, 1]], np.int32), np.arange(4)),
+    "queries": Packed(_mask(7, 1), _mask(7, 1), np.array([[5, 2, 1], [1, 0, 7]], np.int32), np.arange(4), (8, 8)),
+    "passages": Packed(_mask(7, 7), _mask(7, 7), np.array([[3, 4, 1], [2, 5, 1]], np.int32), np.arange(4), None),
     "pairs": Tokens(_mask(6), _mask(6)),
     "target_B": np.arange(2),
 }

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import block_of
 
 from jdmdr import encoders, objectives, parallel, sources, topics, trainable
 from jdmdr.negatives import version_dir
 from jdmdr.optim import make_optimiser, named_leaves
-from jdmdr.shapes import Chunks
 from jdmdr.step import init_state, make_step
 
 ROWS, WIDTH, TEMPERATURE = 40, 8, 0.1
@@ -36,18 +36,10 @@ def parts(encoder, section):
     return make_step(encoder, objective, optimiser, 0), init_state(params, optimiser)
 
 
-def tokens(rng, rows, width):
-    mask = (np.arange(width) < rng.integers(1, width + 1, rows)[:, None]).astype(np.int32)
-    return rng.integers(0, ROWS, (rows, width)).astype(np.int32) * mask, mask
-
-
 def batch_of(rng, queries=4, passages_per_query=2, width=5):
-    """One chunk a side; every passage distinct, one known positive a query."""
+    """A text a row; every passage distinct, one known positive a query."""
     n = queries * passages_per_query
-    blocks = {}
-    for name, rows in (("queries", queries), ("passages", n)):
-        ids, mask = tokens(rng, rows, width)
-        blocks[name] = Chunks((ids,), (mask,), np.arange(rows, dtype=np.int32))
+    blocks = {name: block_of(rng, rows, width, ROWS) for name, rows in (("queries", queries), ("passages", n))}
     target_B = np.arange(queries, dtype=np.int32) * passages_per_query
     return {
         **blocks, "target_B": target_B, "passage_ids_N": np.arange(n, dtype=np.int32), "first_N": np.ones(n, bool),
@@ -59,13 +51,13 @@ def batch_of(rng, queries=4, passages_per_query=2, width=5):
 def oracle_loss(params, batch):
     """The formula with plain loops over texts, traceable so that optax can be given its gradient."""
 
-    def embed(chunks):
+    def embed(block):
         rows = []
-        for ids, mask in zip(chunks.ids[0], chunks.mask[0], strict=True):
+        for ids, mask in zip(block.ids_RxT, block.mask_RxT, strict=True):
             ids = ids[: mask.sum()]
             vector = (jnp.log1p(jnp.exp(params["weight"][ids]))[:, None] * params["embedding"][ids]).sum(0) / len(ids)
             rows.append(vector / jnp.linalg.norm(vector))
-        return jnp.stack(rows)
+        return jnp.stack(rows)[block.order_N]
 
     scores_BxN = embed(batch["queries"]) @ embed(batch["passages"]).T / TEMPERATURE
     losses = [jnp.log(jnp.exp(row).sum()) - row[t] for row, t in zip(scores_BxN, batch["target_B"], strict=True)]
@@ -91,7 +83,7 @@ def test_update_that_is_not_finite_is_skipped_and_counted(parts):
     step, state = parts
     batch = batch_of(np.random.default_rng(1))
     state, _ = step(state, batch)
-    row = int(batch["queries"].ids[0][0, 0])
+    row = int(batch["queries"].ids_RxT[0, 0])
     state["params"]["embedding"] = state["params"]["embedding"].at[row].set(np.nan)
     poisoned = jax.tree.map(np.array, state)
     for count in (1, 2):
@@ -168,7 +160,7 @@ def run_steps(directory, root, kind, steps=3, fsdp=1):
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["gradient_norm"]))
         ids.append(batch["query_index_B"].tolist())
-        read.append(sum(int(mask.sum()) for side in ("queries", "passages") for mask in batch[side].mask))
+        read.append(sum(np.count_nonzero(batch[side].ids_RxT) for side in ("queries", "passages") if batch[side]))
     assert step._cache_size() <= shapes
     return losses, norms, ids, read, dict(named_leaves(parallel.to_host(state["params"])))
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders.config import EncoderConfig, Params
-from jdmdr.encoders.packed import pool
+from jdmdr.encoders.pooling import packed_sum
 from jdmdr.types import Tokens
 
 SMALLEST_WEIGHT = 1e-3  # softplus comes near 0 only for weights so negative that they no longer learn
@@ -42,13 +42,11 @@ class StaticEncoder:
         weights_BxT = jax.nn.softplus(params["weight"][tokens.ids_BxT]) * mask_BxT
         if output == "tokens":
             return vectors_BxTxD * weights_BxT[:, :, None]
-        widths = widths or (tokens.ids_BxT.shape[1],)
-        return pool(_weighted_mean, widths, weights_BxT, vectors_BxTxD, mask_BxT)
-
-
-def _weighted_mean(weights_BxT: jax.Array, vectors_BxTxD: jax.Array, mask_BxT: jax.Array) -> jax.Array:
-    sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
-    return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
+        if tokens.lengths_BxS is not None:
+            sum_BxSxD = packed_sum(vectors_BxTxD * weights_BxT[:, :, None], tokens.lengths_BxS)
+            return (sum_BxSxD / jnp.maximum(tokens.lengths_BxS[:, :-1, None], 1)).reshape(-1, self.config.width)
+        sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
+        return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
 
 
 def init_from_idf(rng: jax.Array, config: EncoderConfig, idf_V: np.ndarray) -> Params:

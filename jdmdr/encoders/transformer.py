@@ -18,7 +18,7 @@ from jdmdr.encoders.attention import SelfAttention
 from jdmdr.encoders.config import EncoderConfig, Params
 from jdmdr.encoders.layers import Dense, LayerNorm, gelu
 from jdmdr.encoders.long_attention import MOST_GLOBAL, SlidingAttention
-from jdmdr.encoders.packed import by_sequence, places, pool
+from jdmdr.encoders.packed import Places, by_sequence, places
 from jdmdr.encoders.pooling import PACKED_POOLINGS, POOLINGS
 from jdmdr.types import Tokens, UserError
 
@@ -35,7 +35,7 @@ class Embeddings(nn.Module):
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
+    def __call__(self, tokens: Tokens, widths: tuple[int, ...] | None, deterministic: bool) -> jax.Array:
         c = self.config
 
         def table(name: str, rows: int) -> jax.Array:
@@ -45,11 +45,16 @@ class Embeddings(nn.Module):
         x_BxTxD = table("word", c.vocab_size)[tokens.ids_BxT]
         position = table("position", c.max_positions)
         first = c.first_position
-        if tokens.lengths_BxS is not None:
-            own = position[jnp.minimum(first + places(tokens.lengths_BxS, T), c.max_positions - 1)]
+        lengths_BxS = tokens.lengths_BxS
+        # Slices, not a gather by token: their gradient is a sum over rows instead of a scatter into few rows.
+        if lengths_BxS is None:
+            own = position[first : first + T]
+        elif widths:
+            own_PxD = jnp.concatenate([position[first : first + width] for width in widths])
+            where = Places.of(lengths_BxS, T, widths)
+            own = where.collect(jnp.broadcast_to(own_PxD, (len(x_BxTxD), *own_PxD.shape)))
         else:
-            # Slices, not a gather by token: their gradient is a sum over rows instead of a scatter into few rows.
-            own = jnp.concatenate([position[first : first + width] for width in widths])
+            own = position[jnp.minimum(first + places(lengths_BxS, T), c.max_positions - 1)]
         if c.family == "bert":
             x_BxTxD += own
         else:  # padding keeps the padding id's own row
@@ -67,7 +72,9 @@ class Layer(nn.Module):
     most_global: int = 0  # with a window
 
     @nn.compact
-    def __call__(self, x_BxTxD: jax.Array, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
+    def __call__(
+        self, x_BxTxD: jax.Array, tokens: Tokens, widths: tuple[int, ...] | None, deterministic: bool
+    ) -> jax.Array:
         c = self.config
         dropout = nn.Dropout(c.hidden_dropout, deterministic=deterministic)
         if c.window:
@@ -78,7 +85,10 @@ class Layer(nn.Module):
                 prefix_Bx1 = alone_Bx1 if tokens.prefix_Bx1 is None else tokens.prefix_Bx1
                 return attention(x_BxTxD, mask_BxT, prefix_Bx1, deterministic)
 
-            y_BxTxD = by_sequence(attend, widths, x_BxTxD, tokens.mask_BxT)
+            if tokens.lengths_BxS is None:
+                y_BxTxD = attend(x_BxTxD, tokens.mask_BxT)
+            else:
+                y_BxTxD = by_sequence(attend, widths, tokens.lengths_BxS, x_BxTxD)
         else:
             attention = SelfAttention(c.heads, c.attention_dropout, name="attention")
             y_BxTxD = attention(x_BxTxD, tokens, widths, deterministic)
@@ -89,12 +99,12 @@ class Layer(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token sequences to token vectors, BxTxD in `config.dtype`; T is the sum of the `widths` of a row's sequences."""
+    """Token sequences to token vectors, BxTxD in `config.dtype`; `widths` are for attention (`packed.by_sequence`)."""
 
     config: EncoderConfig
 
     @nn.compact
-    def __call__(self, tokens: Tokens, widths: tuple[int, ...], deterministic: bool) -> jax.Array:
+    def __call__(self, tokens: Tokens, widths: tuple[int, ...] | None, deterministic: bool) -> jax.Array:
         c = self.config
         layer = nn.remat(Layer, static_argnums=(3, 4)) if c.remat else Layer
         most_global = MOST_GLOBAL
@@ -131,10 +141,10 @@ class TransformerEncoder:
           UserError: the sequences are longer than the position table.
         """
         c = self.config
-        widths = widths or (tokens.ids_BxT.shape[1],)
-        if tokens.lengths_BxS is None and c.usable_positions < max(widths):
+        longest = tokens.ids_BxT.shape[1] if tokens.lengths_BxS is None else max(widths or (0,))
+        if longest > c.usable_positions:
             raise UserError(
-                f"a text has {max(widths)} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
+                f"a text has {longest} tokens, but this encoder has positions for {c.usable_positions}; lower its length"
             )
         tokens = jax.tree.map(jnp.asarray, tokens)
         rngs = None if rng is None else {"dropout": rng}
@@ -144,4 +154,4 @@ class TransformerEncoder:
             return hidden_BxTxD
         if tokens.lengths_BxS is not None:
             return PACKED_POOLINGS[c.pooling](hidden_BxTxD, tokens.lengths_BxS).reshape(-1, c.width)
-        return pool(POOLINGS[c.pooling], widths, hidden_BxTxD, tokens.mask_BxT)
+        return POOLINGS[c.pooling](hidden_BxTxD, tokens.mask_BxT)

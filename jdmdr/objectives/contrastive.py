@@ -18,6 +18,7 @@ Source: Huang et al., "Boosting Data Utilization for Multilingual Dense Retrieva
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,7 +55,7 @@ def make_objective(config: Any, mesh: Mesh | None = None, collections: Collectio
             # passages stay where they were encoded: the loss does not ask in which order the columns come
             order_N = batch["passages"].order_N
             q_BxD = encode(params, batch["queries"], "query")
-            p_NxD = encode(params, batch["passages"]._replace(order_N=None), "passage")
+            p_NxD = encode(params, dataclasses.replace(batch["passages"], order_N=None), "passage")
         else:
             q_BxD, p_NxD = encode_sides(params, batch, encode, mesh)
         value, metrics = contrastive_loss(

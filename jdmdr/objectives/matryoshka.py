@@ -41,18 +41,18 @@ def _once(encode: Encode) -> Encode:
     """`encode` that remembers; its arguments are kept too, so that no other array gets their id."""
     known = {}
 
-    def remembered(params, chunks, side, output="pooled"):
-        key = id(params), tuple(map(id, jax.tree.leaves(chunks))), side, output
+    def remembered(params, block, side, output="pooled"):
+        key = id(params), tuple(map(id, jax.tree.leaves(block))), side, output
         if key not in known:
-            known[key] = encode(params, chunks, side, output), params, chunks
+            known[key] = encode(params, block, side, output), params, block
         return known[key][0]
 
     return remembered
 
 
 def _first(encode: Encode, dimension: int, normalize: bool) -> Encode:
-    def truncated(params, chunks, side, output="pooled"):
-        vectors = encode(params, chunks, side, output)
+    def truncated(params, block, side, output="pooled"):
+        vectors = encode(params, block, side, output)
         if output != "pooled":
             return vectors
         return unit_length(vectors[:, :dimension]) if normalize else vectors[:, :dimension]

@@ -8,14 +8,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 
-from jdmdr.shapes import Chunks
+from jdmdr.shapes import Packed
 from jdmdr.types import Tokens
 
 
 class Encode(Protocol):
     """Embeds one side of a batch."""
 
-    def __call__(self, params: Any, chunks: Chunks | Tokens, side: str, output: str = "pooled") -> jax.Array:
+    def __call__(self, params: Any, block: Packed | Tokens, side: str, output: str = "pooled") -> jax.Array:
         """Args: side "query" or "passage"; output "pooled" (NxD, plan order) or, of one block of Tokens, "tokens" (NxTxD)."""
 
 
