@@ -75,7 +75,7 @@ def train_both(a: Any, recipe: Any, start: pathlib.Path, seed: int) -> dict[str,
         "steps": a.steps, "batch_size": a.batch_size, "temperature": section.objective.temperature,
         "learning_rate": section.learning_rate, "warmup_steps": round(section.warmup_share * a.steps),
         "weight_decay": section.weight_decay, "clip": section.clip, "columns": material.columns(PASSAGES_PER_QUERY),
-        "bf16": False,
+        "bf16 where it pays": False,
     }  # fmt: skip
     ours = Ours(recipe, section, make, steps, a.length)
     before = per_query(recipe, lambda name, texts: ours.encode(texts, directory / "scratch")[1]) if not seed else None

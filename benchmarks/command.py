@@ -55,12 +55,6 @@ def run(command: Callable[[argparse.Namespace], None], arguments: argparse.Argum
         sys.exit(cli.EXIT_INTERRUPTED)
 
 
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 itself; where it does not, torch's autocast is many times slower."""
-    info = pathlib.Path("/proc/cpuinfo")
-    return info.is_file() and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()) is not None
-
-
 def cores() -> int:
     return len(os.sched_getaffinity(0))
 

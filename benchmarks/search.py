@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import os
 import pathlib
 import time
 from typing import Any
@@ -24,20 +23,20 @@ import faiss
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 from tabulate import tabulate
 
 from benchmarks import command, material
 from configs import adore
 from configs.quickstart_minilm import checkpoint
-from jdmdr import encoders, models, objectives, optim, parallel, progress, sources, step, trainable
+from jdmdr import encoders, hardware, models, objectives, optim, parallel, progress, sources, step, trainable
 from jdmdr.index import resident
 from jdmdr.objectives.adore import lambda_loss
 from jdmdr.types import UserError
 from jdmdr.workdir import write_json
 
 LENGTH = 24  # tokens of a query, as STAR trains with
-TOPOLOGIES = {1: "v5e:1x1", 4: "v5e:2x2", 8: "v5e:2x4"}
+SLICES = 1, 4, 8  # chips
 MSMARCO = 8_841_823, 768  # passages and width
 
 
@@ -156,17 +155,13 @@ def memory() -> str:
     """The table of device memory that the search and its gradient need, by devices and dtype."""
     if not importlib.util.find_spec("libtpu"):
         raise UserError("--tpu compiles for TPU, and libtpu is not installed: pip install libtpu")
-    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}
-    rows = [[devices, dtype, *_needs(devices, dtype)] for devices in TOPOLOGIES for dtype in resident.DTYPES]
+    rows = [[devices, dtype, *_needs(devices, dtype)] for devices in SLICES for dtype in resident.DTYPES]
     headers = ["devices", "vectors in", "vectors, GB a device", "at work, GB a device"]
     return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
 
 
 def _needs(devices: int, dtype: str, batch_size: int = 32, K: int = 200, positives: int = 4) -> tuple[str, str]:
-    from jax.experimental import topologies
-
-    one = {"chips_per_host_bounds": (1, 1, 1)} if devices == 1 else {}
-    mesh = Mesh(topologies.get_topology_desc(TOPOLOGIES[devices], "tpu", **one).devices, ("data",))
+    mesh = hardware.tpu_mesh("v5e", devices)
 
     def array(shape, dtype, spec):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from typing import NamedTuple
 
 import jax
+from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from jdmdr.types import UserError
 
@@ -36,6 +39,22 @@ NAMED = {
     "v5e": Device("TPU v5e", 197e12, 16 * GB, 100 * GB, 100 * GB, 8, GOOGLE.format("v5e")),
     "v5p": Device("TPU v5p", 459e12, 95 * GIB, 200 * GB, 200 * GB, 4, GOOGLE.format("v5p")),
 }
+
+# Slices by their number of chips, as libtpu names them.
+TOPOLOGIES = {
+    "v5e": {1: "1x1", 2: "1x2", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16"},
+    "v5p": {4: "2x2x1", 8: "2x2x2", 16: "2x2x4", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"},
+}
+
+
+def tpu_mesh(name: str, devices: int) -> Mesh | None:
+    """A slice that XLA compiles for without having it; None where there is no such slice, or no libtpu to compile with."""
+    shape = TOPOLOGIES.get(name, {}).get(devices)
+    if not (shape and importlib.util.find_spec("libtpu")):
+        return None
+    os.environ |= {"TPU_WORKER_HOSTNAMES": "localhost", "TPU_SKIP_MDS_QUERY": "1"}  # else libtpu looks for its host
+    one = {"chips_per_host_bounds": (1, 1, 1)} if devices == 1 else {}
+    return Mesh(topologies.get_topology_desc(f"{name}:{shape}", "tpu", **one).devices, ("data",))
 
 
 def find(name: str) -> Device:

@@ -14,7 +14,8 @@ Sizes of the data are counted in --workdir, if its texts are tokenised, or else 
   --nocompile                       leaves out the memory of a step: a large encoder takes minutes to compile
 
 Every figure says how it is known: counted, given, computed (by a formula over others), compiled (XLA's analysis of the
-real step; for named hardware by the compiler for CPUs, which plans memory by its own rules), published or assumed.
+real step, by the compiler for TPUs where one is planned for and libtpu is installed; for other hardware that is not
+here by the compiler for CPUs, which plans memory by its own rules), published or assumed.
 """
 
 from __future__ import annotations
@@ -155,7 +156,7 @@ def memory_table(
     headers = [
         "train.batch_size",
         "train.grad_cache",
-        "memory of a device, compiled",
+        f"memory of a device, compiled for a {mesh.devices.flat[0].platform.upper()}",
         f"of {progress.size(device.memory)}",
     ]
     return tabulate(rows, headers, disable_numparse=True, colalign=("right", "right", "right", "left"))
@@ -189,13 +190,16 @@ def _count(tree: Any) -> int:
 
 
 def _mesh(hardware: str, devices: int | None) -> jax.sharding.Mesh:
-    """The devices to compile for: named hardware is stood in for by as many of the CPU's."""
+    """The devices to compile for: where there is no compiler for named hardware as many of the CPU's stand in."""
     import jax
 
     from jdmdr import parallel
+    from jdmdr.hardware import tpu_mesh
 
     if hardware:
         jax.config.update("jax_platforms", "cpu")
+    if slice_ := tpu_mesh(hardware, int(devices or 1)):
+        return slice_
     if hardware or devices:
         jax.config.update("jax_num_cpu_devices", devices or 1)
     if devices and devices != jax.device_count():

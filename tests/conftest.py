@@ -55,7 +55,7 @@ def on_devices():
 
     def run(devices, program, *arguments):
         flags = f"--xla_force_host_platform_device_count={devices}"
-        path = os.pathsep.join([str(REPO), str(REPO / "tests")])
+        path = os.pathsep.join([str(REPO), str(REPO / "tests"), os.environ.get("PYTHONPATH", "")])
         result = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(program), *map(str, arguments)],
             cwd=REPO,

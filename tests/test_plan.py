@@ -179,3 +179,32 @@ def test_the_command_compiles_the_step_of_this_machine(command):
     assert "largest found" in done.stdout and "train.grad_cache" in done.stdout
     wrong = command("jdmdr.plan", "--config", "configs/quickstart.py:smoke", "--passages", -1)
     assert wrong.returncode == 2 and "--passages is -1.0; it is above 0" in wrong.stderr
+
+
+def test_only_slices_of_tpus_are_compiled_for_by_their_own_compiler(monkeypatch):
+    assert hardware.tpu_mesh("h100", 8) is None and hardware.tpu_mesh("v5e", 3) is None
+    monkeypatch.setattr(hardware.importlib.util, "find_spec", lambda name: None)
+    assert hardware.tpu_mesh("v5e", 8) is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("slice_", "chips"), [("v5e", 8), ("v5p", 4)])
+def test_the_training_step_compiles_ahead_of_time_for_tpus(on_devices, slice_, chips):
+    pytest.importorskip("libtpu", reason="pip install libtpu")
+    program = """
+        import sys
+        from jdmdr import encoders, fit, hardware
+        from configs import default
+        mesh = hardware.tpu_mesh(sys.argv[1], int(sys.argv[2]))
+        assert {device.platform for device in mesh.devices.flat} == {"tpu"}, mesh
+        encoder = encoders.EncoderConfig(
+            "transformer", vocab_size=1000, width=128, layers=2, heads=2, ffn=512, max_positions=130, dtype="bfloat16"
+        )
+        section = default.training()
+        section.steps = 10
+        for grad_cache in (0, 4):
+            section.grad_cache = grad_cache
+            print(fit.step_bytes(encoder, section, (16, 64), 16, mesh))
+    """
+    needed = [int(line) for line in on_devices(1, program, slice_, chips).split()]
+    assert len(needed) == 2 and all(1e6 < bytes_ < 1e9 for bytes_ in needed)
