@@ -273,7 +273,7 @@ def main(a: Any) -> None:
 if __name__ == "__main__":
     arguments = command.parser_with_data(__doc__, "runs/bench")
     arguments.add_argument("--length", type=int, default=256, help="tokens of a text at most (%(default)s)")
-    arguments.add_argument("--passages", type=int, default=128, help="encoded a round (%(default)s)")
+    arguments.add_argument("--passages", type=int, default=256, help="encoded a round (%(default)s)")
     arguments.add_argument("--rounds", type=int, default=3, help="counted (%(default)s)")
     arguments.add_argument("--steps", type=int, default=5, help="training steps a round (%(default)s)")
     command.run(main, arguments)

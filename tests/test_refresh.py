@@ -480,7 +480,7 @@ def stopped(inline, finished, tmp_path):
     return tmp_path
 
 
-GONE = 1  # a parent that is not this process's
+GONE = os.getpid()  # nobody is his own parent
 
 
 def test_the_refresher_of_a_run_that_is_gone_mines_its_newest_checkpoint_once_and_ends(stopped):

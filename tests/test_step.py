@@ -160,7 +160,7 @@ def run_steps(directory, root, kind, steps=3, fsdp=1):
         losses.append(float(metrics["loss"]))
         norms.append(float(metrics["gradient_norm"]))
         ids.append(batch["query_index_B"].tolist())
-        read.append(sum(np.count_nonzero(batch[side].ids_RxT) for side in ("queries", "passages") if batch[side]))
+        read.append(sum(int((batch[side].ids_RxT > 0).sum()) for side in ("queries", "passages") if batch[side]))
     assert step._cache_size() <= shapes
     return losses, norms, ids, read, dict(named_leaves(parallel.to_host(state["params"])))
 
