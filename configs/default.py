@@ -71,10 +71,9 @@ def get_config():
     c.encoder.chunk_specials = True  # every chunk has special tokens; False: they are cut out of one long sequence
     c.encoder.window = 0  # of sliding-window attention: neighbours that a token sees; 0: what the checkpoint has
     c.encoder.dtype = ""  # float32 | bfloat16 of the matmuls; empty: bfloat16 on GPU and TPU, float32 on CPU
-    c.encoder.attention_dropout = placeholder(
-        float
-    )  # in training; None: what the checkpoint says. On a GPU 0 lets cuDNN
-    # compute attention, and texts are packed without padding (docs/performance.md)
+    # in training; None: what the checkpoint says. On a GPU 0 lets cuDNN compute attention, without padding
+    # (docs/performance.md)
+    c.encoder.attention_dropout = placeholder(float)
     c.encoder.remat = False  # recompute activations in the backward pass: less memory, about a third more time
 
     c.warmup = training()  # before mining: in-batch negatives on training pairs and inverse-cloze pairs
@@ -393,9 +392,7 @@ def training():
     t.no_decay = ""  # regex on the paths of parameters that do not decay, e.g. "bias$|_norm/scale$"
     t.clip = 1.0  # global gradient norm; 0: off
 
-    t.chunk_rows = (
-        16  # sequences of like length that are padded to one width: fewer pad less, and take longer to compile
-    )
+    t.chunk_rows = 8  # sequences of like length that attention pads to one width: fewer pad less, and compile longer
     t.grad_cache = 0  # sequences that a device encodes at a time, twice, to save memory (docs/scaling.md); 0: all, once
     t.max_profiles = 3  # compiled batch shapes, one more for batches that fit none
     t.checkpoint_every = 500  # steps between validations, each saved

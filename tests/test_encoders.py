@@ -130,6 +130,19 @@ def test_packed_sequences_have_the_embeddings_and_gradients_of_each_alone(kind, 
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=3e-4), gradient, expected_gradient)
 
 
+def test_attention_has_the_gradient_that_jax_derives():
+    q, k, v, weight = (jax.random.normal(jax.random.key(i), (3, 5, 2, 4)) for i in range(4))
+    mask = jnp.array([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [0, 0, 0, 0, 0]])  # the last: a row without tokens
+
+    def values_and_gradients(dropout):
+        attend = functools.partial(attention.plain, dropout)
+        gradient = jax.grad(lambda *x: (attend(*x, mask) * weight).sum(), argnums=(0, 1, 2))
+        return attend(q, k, v, mask), *gradient(q, k, v)
+
+    for own, derived in zip(values_and_gradients(None), values_and_gradients(lambda x: x), strict=True):
+        np.testing.assert_allclose(own, derived, atol=2e-6)
+
+
 def test_packed_attention_is_used_only_where_it_was_seen_to_be_right(monkeypatch):
     config = dataclasses.replace(TRANSFORMER, dtype="bfloat16", attention_dropout=0.0)
     assert not attention.packs(config)  # no GPU

@@ -131,8 +131,9 @@ class Encoder(Protocol):
     ) -> jax.Array:
         """Pooled vectors, float32 BxD (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`).
 
-        Where a row holds several sequences (`packed.py`), `widths` are their places, of which T is the sum, and B counts
-        sequences in the pooled vectors: those of the first row, then those of the next.
+        Where rows hold several sequences (`Tokens.lengths_BxS`), B counts sequences in the pooled vectors: those of the
+        first row, then those of the next. Attention pads sequence s of every row to `widths[s]` (`packed.by_sequence`);
+        None where it takes them as they lie.
 
         Head and normalisation are not its concern (`BiEncoder`). Dropout is on where `rng` is given. A row without any
         real token gives finite numbers.
