@@ -101,17 +101,17 @@ def _softmax_mix_forward(query, key, value, sees_BxHxTxT):
     powers_BxHxTxT = powers_BxHxTxT.astype(query.dtype)
     mixed_BxHxTxE = jnp.matmul(powers_BxHxTxT, value, preferred_element_type=jnp.float32) * shares_BxHxTx1
     mixed_BxHxTxE = mixed_BxHxTxE.astype(query.dtype)
-    return mixed_BxHxTxE, (query, key, value, powers_BxHxTxT, shares_BxHxTx1, mixed_BxHxTxE)
+    return mixed_BxHxTxE, (query, key, value, sees_BxHxTxT, powers_BxHxTxT, shares_BxHxTx1, mixed_BxHxTxE)
 
 
 def _softmax_mix_backward(residuals, g_BxHxTxE):
-    query, key, value, powers_BxHxTxT, shares_BxHxTx1, mixed_BxHxTxE = residuals
+    query, key, value, sees_BxHxTxT, powers_BxHxTxT, shares_BxHxTx1, mixed_BxHxTxE = residuals
     g_BxHxTxE = (g_BxHxTxE * shares_BxHxTx1).astype(query.dtype)
     mean_BxHxTx1 = jnp.sum(g_BxHxTxE * mixed_BxHxTxE, axis=-1, keepdims=True, dtype=jnp.float32)
     slope_BxHxTxT = (
         jnp.matmul(g_BxHxTxE, value.transpose(0, 1, 3, 2), preferred_element_type=jnp.float32) - mean_BxHxTx1
     )
-    of_scores_BxHxTxT = (powers_BxHxTxT * slope_BxHxTxT).astype(query.dtype)
+    of_scores_BxHxTxT = jnp.where(sees_BxHxTxT, powers_BxHxTxT * slope_BxHxTxT, 0).astype(query.dtype)
     to_keys = _transposed_product(of_scores_BxHxTxT, query)
     to_values = _transposed_product(powers_BxHxTxT, g_BxHxTxE)
     return jnp.matmul(of_scores_BxHxTxT, key), to_keys, to_values, None
