@@ -97,7 +97,8 @@ def text(found: dict[str, Any]) -> str:
 
 
 def main(a: Any) -> None:
-    shutil.rmtree(a.out / "home", ignore_errors=True)
+    for left in ("home", "workdir"):
+        shutil.rmtree(a.out / left, ignore_errors=True)
     found: dict[str, Any] = {"machine": command.machine("no peer"), "steps": a.steps, "batch_size": a.batch_size, "layers": a.layers}  # fmt: skip
     for name in (COLD, WARM):
         progress.say(f"  {name}")
