@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jdmdr import shapes
-from jdmdr.encoders.packed import Places, by_sequence
-from jdmdr.encoders.pooling import packed_sum
+from jdmdr.encoders.packed import Places, by_sequence, pool
 from jdmdr.types import UserError
 
 
@@ -103,13 +102,14 @@ def test_neighbours_of_a_run_share_the_width_of_its_longest():
 
 
 def token_sums(params, tokens, key, widths):
-    del key, widths
-    return packed_sum(tokens.ids_BxT[:, :, None] * params, tokens.lengths_BxS).reshape(-1, len(params))
+    del key
+    sums = lambda ids_BxW, mask_BxW: (ids_BxW * mask_BxW).sum(1)[:, None] * params
+    return pool(sums, widths, tokens.lengths_BxS, tokens.ids_BxT)
 
 
 def test_a_batch_is_encoded_by_one_call_and_comes_in_the_order_of_the_plan():
     lengths, rows_N = np.array([3, 9, 1, 7, 7, 2, 5, 4]), np.array([7, 1, 1, 0, 3, 2, 5, 6])
-    block = shapes.Side(4, 8, runs=0).pack(Source(lengths), rows_N, (30,))
+    block = shapes.Side(4, 8, runs=2).pack(Source(lengths), rows_N, (30, 8, 8))
     found_NxD = shapes.encode_rows(token_sums, jnp.array([1.0, 2.0]), block)
     expected_N = rows_N * np.minimum(lengths[rows_N], 8)
     np.testing.assert_allclose(found_NxD, np.stack([expected_N, 2 * expected_N], axis=1))

@@ -39,7 +39,7 @@ def parts(encoder, section):
 def batch_of(rng, queries=4, passages_per_query=2, width=5):
     """A text a row; every passage distinct, one known positive a query."""
     n = queries * passages_per_query
-    blocks = {name: block_of(rng, rows, width, ROWS) for name, rows in (("queries", queries), ("passages", n))}
+    blocks = {name: block_of(rng, rows, width, ROWS, runs=1) for name, rows in (("queries", queries), ("passages", n))}
     target_B = np.arange(queries, dtype=np.int32) * passages_per_query
     return {
         **blocks, "target_B": target_B, "passage_ids_N": np.arange(n, dtype=np.int32), "first_N": np.ones(n, bool),

@@ -175,8 +175,8 @@ def packs(config: EncoderConfig) -> bool:
 
 
 def pads(config: EncoderConfig) -> bool:
-    """Whether attention has to pad the sequences of packed rows, so that their widths are part of the program."""
-    return config.kind == "transformer" and not packs(config)
+    """Whether the encoder has to pad the sequences of packed rows, so that their widths are part of the program."""
+    return not packs(config)
 
 
 @functools.cache

@@ -132,8 +132,8 @@ class Encoder(Protocol):
         """Pooled vectors, float32 BxD (`output='pooled'`), or token vectors, float32 BxTxD (`'tokens'`).
 
         Where rows hold several sequences (`Tokens.lengths_BxS`), B counts sequences in the pooled vectors: those of the
-        first row, then those of the next. Attention pads sequence s of every row to `widths[s]` (`packed.by_sequence`);
-        None where it takes them as they lie.
+        first row, then those of the next. Sequence s of every row is padded to `widths[s]` for attention and the like
+        (`packed.by_sequence`); None where attention takes them as they lie.
 
         Head and normalisation are not its concern (`BiEncoder`). Dropout is on where `rng` is given. A row without any
         real token gives finite numbers.

@@ -32,13 +32,9 @@ def packed_cls(hidden_BxTxD: jax.Array, lengths_BxS: jax.Array) -> jax.Array:
 
 
 def packed_mean(hidden_BxTxD: jax.Array, lengths_BxS: jax.Array) -> jax.Array:
-    return packed_sum(hidden_BxTxD, lengths_BxS) / jnp.maximum(lengths_BxS[:, :-1, None], 1)
-
-
-def packed_sum(hidden_BxTxD: jax.Array, lengths_BxS: jax.Array) -> jax.Array:
-    """The sum over each sequence of a row, Bx(S - 1)xD."""
     own_BxSxT = segments(lengths_BxS, hidden_BxTxD.shape[1])[:, None] == jnp.arange(lengths_BxS.shape[1] - 1)[:, None]
-    return jnp.matmul(own_BxSxT.astype(jnp.float32), hidden_BxTxD, precision=jax.lax.Precision.HIGHEST)
+    sum_BxSxD = jnp.matmul(own_BxSxT.astype(jnp.float32), hidden_BxTxD, precision=jax.lax.Precision.HIGHEST)
+    return sum_BxSxD / jnp.maximum(lengths_BxS[:, :-1, None], 1)
 
 
 def packed_last(hidden_BxTxD: jax.Array, lengths_BxS: jax.Array) -> jax.Array:

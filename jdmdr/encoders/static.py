@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jdmdr.encoders.config import EncoderConfig, Params
-from jdmdr.encoders.pooling import packed_sum
+from jdmdr.encoders.packed import pool
 from jdmdr.types import Tokens
 
 SMALLEST_WEIGHT = 1e-3  # softplus comes near 0 only for weights so negative that they no longer learn
@@ -37,16 +37,22 @@ class StaticEncoder:
         widths: tuple[int, ...] | None = None,
     ) -> jax.Array:
         """See `Encoder.apply`; token vectors come weighted, and there is no dropout."""
-        mask_BxT = jnp.asarray(tokens.mask_BxT)
-        vectors_BxTxD = params["embedding"][tokens.ids_BxT]
-        weights_BxT = jax.nn.softplus(params["weight"][tokens.ids_BxT]) * mask_BxT
+
+        def weighted(ids_BxT: jax.Array, mask_BxT: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return jax.nn.softplus(params["weight"][ids_BxT]) * mask_BxT, params["embedding"][ids_BxT]
+
+        def weighted_mean(ids_BxT: jax.Array, mask_BxT: jax.Array) -> jax.Array:
+            weights_BxT, vectors_BxTxD = weighted(ids_BxT, mask_BxT)
+            sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
+            return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
+
+        ids_BxT, mask_BxT = jnp.asarray(tokens.ids_BxT), jnp.asarray(tokens.mask_BxT)
         if output == "tokens":
+            weights_BxT, vectors_BxTxD = weighted(ids_BxT, mask_BxT)
             return vectors_BxTxD * weights_BxT[:, :, None]
         if tokens.lengths_BxS is not None:
-            sum_BxSxD = packed_sum(vectors_BxTxD * weights_BxT[:, :, None], tokens.lengths_BxS)
-            return (sum_BxSxD / jnp.maximum(tokens.lengths_BxS[:, :-1, None], 1)).reshape(-1, self.config.width)
-        sum_BxD = jnp.matmul(weights_BxT[:, None, :], vectors_BxTxD)[:, 0]
-        return sum_BxD / jnp.maximum(mask_BxT.sum(axis=1, keepdims=True), 1)
+            return pool(weighted_mean, widths, tokens.lengths_BxS, ids_BxT)
+        return weighted_mean(ids_BxT, mask_BxT)
 
 
 def init_from_idf(rng: jax.Array, config: EncoderConfig, idf_V: np.ndarray) -> Params:
