@@ -1,7 +1,7 @@
 """Fixed shapes without padding waste.
 
-The sequences of a batch are packed into rows of close to equal length, one after another. Attention alone, where it
-cannot tell them apart by their lengths, takes them in runs of like length that are padded to one width each. A
+The sequences of a batch are packed into rows of close to equal length, one after another. Attention, where it cannot
+tell them apart by their lengths, and static encoders take them in runs of like length that are padded to one width each. A
 *profile* fixes the widths of the rows and of the runs for queries and passages together. A few profiles are computed
 before training from the lengths of planned batches; a batch uses the cheapest one that covers it, so the number of
 compiled shapes is small and known.
