@@ -38,7 +38,7 @@ def run(a: Any, home: pathlib.Path) -> dict[str, Any]:
     words = {
         "encoder.layers": a.layers, "data.root": a.data, "data.langs": a.langs or "en", "train.steps": a.steps,
         "train.batch_size": a.batch_size, "train.passages_per_query": PASSAGES_PER_QUERY, "train.log_every": 1,
-        "train.checkpoint_every": max(a.steps // 3, 1), "train.keep": "last", "train.max_profiles": 4,
+        "train.checkpoint_every": max(a.steps // 3, 1), "train.keep": "last", "train.max_profiles": 4, "train.valid_pool": 1000,
         "encoder.passage_length": LENGTH,
     }  # fmt: skip
     environment = {key: value for key, value in os.environ.items() if key != "JAX_COMPILATION_CACHE_DIR"}
