@@ -109,7 +109,7 @@ class Training:
         from jdmdr import objectives, optim, shapes, step
         from jdmdr.encoders import attention
 
-        config, pads = encoder.config, attention.pads(encoder.config)
+        config, pads = encoder.config, not attention.packs(encoder.config)
         flat = [[text for row in rows for text in row] for rows in steps]
         ids = [tokenizer(x, truncation=True, max_length=LENGTH)["input_ids"] for x in flat]
         each = 1 + sizes.per_query

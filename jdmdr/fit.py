@@ -38,7 +38,7 @@ def step_bytes(config: Any, section: Any, lengths: tuple[int, int], batch_size: 
     step = make_step(encoder, objective, optimiser, 0, section.lora, mesh, section.grad_cache)
     lowered = step.lower(
         _placed(state, parallel.replicated(mesh)),
-        abstract_batch(section, batch_size, lengths, mesh, attention.pads(config)),
+        abstract_batch(section, batch_size, lengths, mesh, not attention.packs(config)),
     )
     found = lowered.compile(OPTIONS if mesh.devices.flat[0].platform == "cpu" else None).memory_analysis()
     sizes = found.argument_size_in_bytes, found.output_size_in_bytes, found.temp_size_in_bytes
@@ -51,7 +51,7 @@ def split_shapes(config: Any, section: Any, own: Mapping[str, jax.Array]) -> tup
 
 
 def abstract_batch(section: Any, B: int, lengths: tuple[int, int], mesh: Mesh, pads: bool) -> dict[str, Any]:
-    """Shapes of a batch as `batches.make_batch` gives it for an encoder whose attention `pads`, and `parallel.put_batch`
+    """Shapes of a batch as `batches.make_batch` gives it for an encoder that `pads` sequences (not `attention.packs`), and `parallel.put_batch`
     lays it."""
     N = B * section.passages_per_query
 

@@ -218,7 +218,7 @@ class Recipe(MiningStages, TeachingStages):
                 c.seed,
                 max(int(of.training_set.lang_n.max()) for of in found) + 1,
                 len(topic_names),
-                attention.pads(encoder_config),
+                not attention.packs(encoder_config),
                 parallel.own_rows(self.mesh),
             )
         progress.say(f"  {sentence}")

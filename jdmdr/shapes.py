@@ -128,7 +128,7 @@ def make_side(rows: int, max_length: int, *, chunk_rows: int, grad_cache: int, d
     """The layout of a side of `rows` sequences.
 
     Args:
-      chunk_rows: wanted sequences in a run, where attention `pads` (`attention.pads`).
+      chunk_rows: wanted sequences in a run, where the encoder `pads` them (not `attention.packs`).
       grad_cache: sequences that a device encodes at a time, so that a row holds no more; 0: all.
     """
     most_per_row = min(SEQUENCES_PER_ROW, grad_cache or SEQUENCES_PER_ROW)

@@ -168,7 +168,7 @@ def batch_maker(
 ) -> tuple[Callable[[int], tuple[dict, dict]], int, str]:  # fmt: skip
     """The function step -> (batch, figures to log) over `sources`, a pure function of the step; `own` as in `make_batch`.
 
-    `pads` is `attention.pads` of the encoder. Returns it with the number of batch shapes it can give and a sentence on what a
+    `pads` is true of an encoder that not `attention.packs`. Returns it with the number of batch shapes it can give and a sentence on what a
     query sees.
     """
     if section.batch_size % devices:

@@ -169,14 +169,10 @@ def has_flash(dtype: jnp.dtype) -> bool:
 
 
 def packs(config: EncoderConfig) -> bool:
-    """Whether this encoder, trained on this machine's devices, takes sequences without padding between them."""
+    """Whether this encoder takes packed sequences as they lie on this machine's devices; else each is padded to a width,
+    which is part of the program."""
     able = config.kind == "transformer" and not config.window and not config.attention_dropout
     return able and has_flash(jnp.dtype(config.dtype)) and packed_error(config.width // config.heads) < TOLERATED
-
-
-def pads(config: EncoderConfig) -> bool:
-    """Whether the encoder has to pad the sequences of packed rows, so that their widths are part of the program."""
-    return not packs(config)
 
 
 @functools.cache

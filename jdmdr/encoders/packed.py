@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -79,8 +79,7 @@ def by_sequence(
       BxTxM, packed like the blocks, zero behind the sequences.
     """
     B, T = blocks_BxTxM[0].shape[:2]
-    where = Places.of(lengths_BxS, T, widths)
-    found = [function(*run) for run in _runs(where, widths, blocks_BxTxM)]
+    where, found = _apply(function, widths, lengths_BxS, blocks_BxTxM)
     placed_BxPxM = jnp.concatenate([out.reshape(B, -1, math.prod(out.shape[2:])) for out in found], axis=1)
     return where.collect(placed_BxPxM).reshape(B, T, *found[0].shape[2:])
 
@@ -89,22 +88,23 @@ def pool(
     function: Callable[..., jax.Array], widths: tuple[int, ...], lengths_BxS: jax.Array, *blocks_BxTxM: jax.Array
 ) -> jax.Array:
     """As `by_sequence` for a function that gives (B * sequences)xD: a vector for each sequence, those of the first row first."""
-    B, T = blocks_BxTxM[0].shape[:2]
-    where = Places.of(lengths_BxS, T, widths)
-    found = [function(*run) for run in _runs(where, widths, blocks_BxTxM)]
+    B = len(lengths_BxS)
+    _, found = _apply(function, widths, lengths_BxS, blocks_BxTxM)
     return jnp.concatenate([out.reshape(B, -1, out.shape[-1]) for out in found], axis=1).reshape(-1, found[0].shape[-1])
 
 
-def _runs(where: Places, widths: tuple[int, ...], blocks_BxTxM: tuple[jax.Array, ...]) -> Iterator[list[jax.Array]]:
-    """The blocks of each run of neighbours of one width, and the mask of their tokens."""
+def _apply(function, widths, lengths_BxS, blocks_BxTxM) -> tuple[Places, list[jax.Array]]:
+    """What `function` gives for each run of neighbours of one width, from their blocks and the mask of their tokens."""
     B, T = blocks_BxTxM[0].shape[:2]
+    where = Places.of(lengths_BxS, T, widths)
     spread = [where.spread(x.reshape(B, T, -1)).reshape(B, -1, *x.shape[2:]) for x in blocks_BxTxM]
     spread.append(where.filled_BxP.astype(jnp.int32))
-    start = 0
+    start, found = 0, []
     for width, run in itertools.groupby(widths):
         stop = start + width * len(list(run))
-        yield [x[:, start:stop].reshape(-1, width, *x.shape[2:]) for x in spread]
+        found.append(function(*(x[:, start:stop].reshape(-1, width, *x.shape[2:]) for x in spread)))
         start = stop
+    return where, found
 
 
 def segments(lengths_BxS: jax.Array, T: int) -> jax.Array:
